@@ -1,0 +1,1 @@
+"""Checkpoint, timeline and measurement code behind the notebooks."""

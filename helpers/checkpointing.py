@@ -1,0 +1,256 @@
+"""Which layers are checkpointed, in which segments, and how a plan is applied.
+
+A segment is run once without saving what autograd needs inside it; backward runs it
+again. Only the segment's input stays in memory in between.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which layers are checkpointed: a tuple of segments, each a tuple of names.
+
+    A segment is a run of consecutive children of one ``nn.Sequential``, or a single
+    module by its dotted name. ``Plan()`` checkpoints nothing.
+    """
+
+    segments: tuple[tuple[str, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.segments, str) or any(
+            isinstance(segment, str) for segment in self.segments
+        ):
+            raise ValueError(
+                "a plan is a tuple of segments, each a tuple of names: "
+                'Plan((("layer1", "layer2"), ("layer4",)))'
+            )
+        segments = tuple(tuple(segment) for segment in self.segments)
+        if not all(segments):
+            raise ValueError("a segment needs at least one layer; got an empty one")
+        object.__setattr__(self, "segments", segments)
+
+    @classmethod
+    def alone(cls, names: Iterable[str]) -> "Plan":
+        """Make each named layer a segment of its own, as the docs' snippet means."""
+        return cls(tuple((name,) for name in names))
+
+    @classmethod
+    def grouped(cls, model: nn.Module, names: Iterable[str]) -> "Plan":
+        """Join named layers that are neighbours in a Sequential into one segment."""
+        names = list(names)
+        _check(model, cls.alone(names))
+        segments: list[tuple[str, ...]] = []
+        for name in sorted(names, key=list(dict(model.named_modules())).index):
+            if segments and follows(model, segments[-1][-1], name):
+                segments[-1] += (name,)
+            else:
+                segments.append((name,))
+        return cls(tuple(segments))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All checkpointed layers, in the plan's order."""
+        return tuple(name for segment in self.segments for name in segment)
+
+    def __str__(self) -> str:
+        if not self.segments:
+            return "no checkpointing"
+        return ", ".join("+".join(segment) for segment in self.segments)
+
+    def code(self, model: nn.Module) -> str:
+        """Write the snippet that applies this plan to ``model`` with torch alone."""
+        _check(model, self)
+        lines = ["from torch.utils.checkpoint import checkpoint", ""]
+        alone = [segment[0] for segment in self.segments if len(segment) == 1]
+        if alone:
+            lines[0:0] = ["from functools import partial", ""]
+            lines += [
+                f"for name in {alone!r}:",
+                "    layer = model.get_submodule(name)",
+                "    layer.forward = partial(",
+                "        checkpoint, layer.forward, use_reentrant=False",
+                "    )",
+            ]
+        for parent, runs in _runs_by_parent(self).items():
+            lines += [""] * bool(alone) + _parent_code(model, parent, runs)
+        return "\n".join(lines if self.segments else ["# nothing is checkpointed"])
+
+
+@contextlib.contextmanager
+def checkpointed(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    use_reentrant: bool = False,
+    preserve_rng_state: bool = True,
+    early_stop: bool = True,
+    context_fn: Callable | None = None,
+) -> Iterator[nn.Module]:
+    """Apply ``plan`` to ``model`` inside a ``with`` block, and undo it on the way out.
+
+    Only the ``forward`` attribute of some modules changes: parameters, ``state_dict``
+    keys, hooks, training mode and types stay as they are, whatever happens inside.
+
+    Args:
+        use_reentrant, preserve_rng_state, early_stop, context_fn: passed on to
+            ``torch.utils.checkpoint.checkpoint``.
+
+    Raises:
+        ValueError: for a name that is not in the model, comes twice, lies inside
+            another, or does not follow the one before it. Lists the names that exist.
+    """
+    _check(model, plan)
+    call = functools.partial(
+        checkpoint,
+        use_reentrant=use_reentrant,
+        preserve_rng_state=preserve_rng_state,
+        early_stop=early_stop,
+        context_fn=context_fn or noop_context_fn,
+    )
+    forwards = {
+        segment[0]: functools.partial(call, model.get_submodule(segment[0]).forward)
+        for segment in plan.segments
+        if len(segment) == 1
+    }
+    for parent, runs in _runs_by_parent(plan).items():
+        sequential = model.get_submodule(parent)
+        forwards[parent] = functools.partial(_run_in_pieces, sequential, runs, call)
+    with contextlib.ExitStack() as undo:
+        for name, forward in forwards.items():
+            undo.enter_context(_replaced_forward(model.get_submodule(name), forward))
+        yield model
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """Name the layers that a reader can tick: the children that have parameters."""
+    return [
+        name
+        for name, child in model.named_children()
+        if any(True for _ in child.parameters())
+    ]
+
+
+def follows(model: nn.Module, before: str, after: str) -> bool:
+    """Say whether ``after`` comes right after ``before`` in one ``nn.Sequential``."""
+    parent = _parent_of(before)
+    if parent != _parent_of(after) or not _is_chain(model.get_submodule(parent)):
+        return False
+    siblings = [name for name, _ in model.get_submodule(parent).named_children()]
+    place = siblings.index(before.rpartition(".")[2]) + 1
+    return siblings[place : place + 1] == [after.rpartition(".")[2]]
+
+
+def _run_in_pieces(
+    sequential: nn.Sequential, runs: dict[str, tuple[str, ...]], call: Callable, x
+):
+    """Run a Sequential's children in order, each segment by one ``call``."""
+    children = dict(sequential.named_children())
+    inside: set[str] = set()
+    for name, child in children.items():
+        if name in runs:
+            x = call(_chained([children[n] for n in runs[name]]), x)
+            inside.update(runs[name])
+        elif name not in inside:
+            x = child(x)
+    return x
+
+
+def _chained(modules: list[nn.Module]) -> Callable:
+    """Make one function of several modules, each run on the one before's output."""
+
+    def run(x):
+        for module in modules:
+            x = module(x)
+        return x
+
+    return run
+
+
+@contextlib.contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Give one module another ``forward``; put back what was there, own or class's."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def _parent_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _runs_by_parent(plan: Plan) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Map each Sequential to its segments of two or more: {first child: children}."""
+    runs: dict[str, dict[str, tuple[str, ...]]] = {}
+    for segment in plan.segments:
+        if len(segment) > 1:
+            children = tuple(name.rpartition(".")[2] for name in segment)
+            runs.setdefault(_parent_of(segment[0]), {})[children[0]] = children
+    return runs
+
+
+def _is_chain(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and (
+        type(module).forward is nn.Sequential.forward
+    )
+
+
+def _check(model: nn.Module, plan: Plan) -> None:
+    """Raise ValueError, with the names that exist, unless ``plan`` fits ``model``."""
+    known = [name for name, _ in model.named_modules() if name]
+    layers = ", ".join(layer_names(model) or known) or "none"
+    for name in plan.names:
+        if name not in known:
+            raise ValueError(f"no layer named {name!r}; this model has: {layers}")
+    for name in plan.names:
+        if plan.names.count(name) > 1:
+            raise ValueError(
+                f"{name!r} is named twice; a layer belongs to one segment at most"
+            )
+        for other in plan.names:
+            if name.startswith(other + "."):
+                raise ValueError(
+                    f"{name!r} lies inside {other!r}, which is checkpointed as well; "
+                    "name one of the two"
+                )
+    for segment in plan.segments:
+        for before, after in zip(segment, segment[1:], strict=False):
+            if not follows(model, before, after):
+                raise ValueError(
+                    f"{after!r} does not follow {before!r} in one nn.Sequential, so "
+                    "they cannot share a segment; a segment is a run of neighbours "
+                    f"among: {layers}"
+                )
+
+
+def _parent_code(
+    model: nn.Module, parent: str, runs: dict[str, tuple[str, ...]]
+) -> list[str]:
+    """Write a Sequential's forward with its segments spelled out as slices."""
+    names = [name for name, _ in model.get_submodule(parent).named_children()]
+    chain = f"model.get_submodule({parent!r})" if parent else "model"
+    lines = [f"layers = {chain}", "", "", "def forward(x, layers=layers):"]
+    place = 0
+    while place < len(names):
+        run = runs.get(names[place])
+        starts = [i for i in range(place, len(names)) if names[i] in runs]
+        end = place + len(run) if run else min(starts, default=len(names))
+        piece = f"layers[{place}:{end}]"
+        if run:
+            lines.append(f"    x = checkpoint({piece}, x, use_reentrant=False)")
+        else:
+            lines.append(f"    x = {piece}(x)")
+        place = end
+    return lines + ["    return x", "", "", "layers.forward = forward"]

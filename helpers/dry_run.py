@@ -1,0 +1,162 @@
+"""Run a training step on meta tensors: shapes and lifetimes, but no data.
+
+Autograd, checkpointing and the optimizer run as they do on a device, so the storages
+come and go as they do there. Three things make the result that of a real step: a meta
+copy of the model, the device's own choice of kernels, and remembered shapes, because
+PyTorch's meta kernels are Python and ten times slower than the lookup.
+"""
+
+import contextlib
+import contextvars
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+
+def meta_model(model_or_factory: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    """Copy a model, or make one by a factory, without allocating its parameters.
+
+    Shared parameters stay shared, the training mode and hooks are kept, gradients are
+    not. A model that is on the meta device already is returned as it is.
+    """
+    if not isinstance(model_or_factory, nn.Module):
+        with torch.device("meta"):
+            return model_or_factory()
+    model = model_or_factory
+    tensors = [*model.parameters(), *model.buffers()]
+    if all(tensor.is_meta for tensor in tensors):
+        return model
+    copies = {id(tensor): _meta_parameter(tensor) for tensor in tensors}
+    return copy.deepcopy(model, copies)
+
+
+def _meta_parameter(tensor: torch.Tensor) -> torch.Tensor:
+    empty = meta_batch(tensor.detach())
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, tensor.requires_grad)
+    return empty
+
+
+def meta_batch(batch: object) -> object:
+    """Copy a batch, a tensor or tuples, lists and dicts of them, to the meta device."""
+    if isinstance(batch, torch.Tensor):
+        empty = torch.empty_strided(
+            batch.shape, batch.stride(), dtype=batch.dtype, device="meta"
+        )
+        return empty.requires_grad_(batch.requires_grad)
+    if isinstance(batch, dict):
+        return {key: meta_batch(value) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(meta_batch(item) for item in batch)
+    return batch
+
+
+@contextlib.contextmanager
+def kernels_of(device: str) -> Iterator[None]:
+    """Choose the kernels that a step on ``device`` would run ("cpu" or "cuda")."""
+    token = _fused_dropout.set(device == "cuda")
+    try:
+        yield
+    finally:
+        _fused_dropout.reset(token)
+
+
+_fused_dropout = contextvars.ContextVar("fused_dropout", default=False)
+_library = torch.library.Library("aten", "IMPL")
+
+
+@torch.library.impl(_library, "dropout", "AutogradMeta")
+def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+    """Drop out on meta tensors alone, as the CPU or as CUDA's fused kernel does it.
+
+    The fused one keeps a bool mask, 1 byte an element, where a CPU keeps a float one.
+    Source: ``is_fused_kernel_acceptable`` in aten/src/ATen/native/Dropout.cpp.
+    """
+    if not train or p == 0:
+        return input
+    if _fused_dropout.get() and p < 1:
+        return torch.native_dropout(input, p, train)[0]
+    noise = torch.empty_like(input).bernoulli_(1 - p)
+    return input * (noise.div_(1 - p) if p < 1 else noise)
+
+
+def like_cuda(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Let an optimizer work on lists of tensors, which is its default on CUDA alone.
+
+    Source: ``_default_to_fused_or_foreach`` in torch/optim/optimizer.py.
+    """
+    for group in optimizer.param_groups:
+        chosen = group.get("foreach") is not None or group.get("fused")
+        if "foreach" in group and not chosen and not group.get("differentiable"):
+            group["foreach"] = True
+    return optimizer
+
+
+class RememberedShapes:
+    """Run operators on meta tensors, each combination of shapes only once.
+
+    Called as ``run(func, args, kwargs)``. An operator that returns new tensors or its
+    own arguments is answered from memory the next time; views always run.
+    """
+
+    def __init__(self) -> None:
+        self._answers: dict[tuple, object] = {}
+
+    def __call__(self, func: Callable, args: tuple, kwargs: dict) -> object:
+        key = (func, _signature(args), _signature(tuple(kwargs.items())))
+        try:
+            answer = self._answers.get(key)
+        except TypeError:  # an argument that cannot be hashed
+            return func(*args, **kwargs)
+        if answer is None:
+            out = func(*args, **kwargs)
+            if len(self._answers) > 20_000:
+                self._answers.clear()
+            described = _describe(out, args)
+            self._answers[key] = _ASK_AGAIN if described is None else described
+            return out
+        return func(*args, **kwargs) if answer is _ASK_AGAIN else _make(answer, args)
+
+
+_ASK_AGAIN = object()
+
+
+def _signature(value: object) -> object:
+    """Make a key of an argument: all that an operator's output shape depends on."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, tuple | list):
+        return tuple([_signature(item) for item in value])
+    return type(value), value
+
+
+def _describe(out: object, args: tuple) -> object:
+    """Describe an operator's output so that it can be made again; None if it cannot."""
+    if isinstance(out, tuple | list):
+        parts = [_describe(item, args) for item in out]
+        return None if None in parts else (type(out), parts)
+    if not isinstance(out, torch.Tensor) or not out.is_meta:
+        return None
+    for place, arg in enumerate(args):
+        if arg is out:
+            return place
+    storage = out.untyped_storage()
+    inputs = {
+        arg.untyped_storage()._cdata for arg in args if isinstance(arg, torch.Tensor)
+    }
+    is_new = storage._cdata not in inputs and out.storage_offset() == 0
+    if is_new and storage.nbytes() == out.numel() * out.element_size():
+        return out.shape, out.stride(), out.dtype
+    return None
+
+
+def _make(answer: object, args: tuple) -> object:
+    if isinstance(answer, int):
+        return args[answer]
+    if isinstance(answer[0], type):
+        kind, parts = answer
+        return kind(_make(part, args) for part in parts)
+    shape, stride, dtype = answer
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")

@@ -1,0 +1,315 @@
+"""What one training step needs: measured on a device, or predicted without one.
+
+``measure`` runs the step: its peak comes from the CUDA allocator, or on a CPU from
+every storage that the step really allocates; its time comes from other runs, in which
+nothing is watched. ``predict`` runs the same step on meta tensors, which have shapes
+and lifetimes but no data, and gives the same bytes.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import gc
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from helpers.checkpointing import Plan, checkpointed
+from helpers.dry_run import (
+    RememberedShapes,
+    kernels_of,
+    like_cuda,
+    meta_batch,
+    meta_model,
+)
+from helpers.report import StepReport
+from helpers.step import (
+    Loss,
+    explained_oom,
+    memory_bytes,
+    time_step_ms,
+    too_large,
+    training_step,
+)
+from helpers.timeline import Timeline, record_timeline, tensors_in
+from helpers.units import round_to_block
+
+__all__ = ["StepReport", "measure", "measure_plans", "predict"]
+
+OptimizerFactory = Callable[..., torch.optim.Optimizer]
+_shapes = RememberedShapes()
+
+
+def predict(
+    model_or_factory: nn.Module | Callable[[], nn.Module],
+    batch: object,
+    plan: Plan = Plan(),
+    *,
+    loss: Loss | None = None,
+    optimizer: OptimizerFactory | None = None,
+    device: str = "cuda",
+    **checkpoint_options,
+) -> StepReport:
+    """Predict the bytes and FLOPs of one training step; allocates nothing.
+
+    Args:
+        model_or_factory: a model on any device, left as it is, or a function that
+            makes one.
+        batch: ``x`` or ``(x, target)``; tensors on any device, the meta one included.
+        plan: which layers are checkpointed.
+        loss: called with the output, and the target where there is one; default:
+            cross-entropy with a target, ``output.sum()`` without.
+        optimizer: called with the parameters, e.g. ``torch.optim.AdamW``.
+        device: "cpu" or "cuda", whose kernels and defaults are assumed.
+        checkpoint_options: see ``checkpointed``.
+
+    Raises:
+        ValueError: if the plan, the batch or the device does not fit.
+    """
+    device = torch.device(device).type
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"predict knows 'cpu' and 'cuda', not {device!r}")
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        model, batch = meta_model(model_or_factory), meta_batch(batch)
+        made = optimizer(model.parameters()) if optimizer else None
+        if made and device == "cuda":
+            like_cuda(made)
+        step = training_step(model, batch, loss, made)
+        # What the host keeps, an optimizer's step count say, is no GPU memory.
+        devices = ("meta",) if device == "cuda" else ("meta", "cpu")
+        record = {"batch": batch, "optimizer": made, "devices": devices, "run": _shapes}
+        with checkpointed(model, plan, **checkpoint_options), kernels_of(device):
+            if made:
+                record_timeline(step, model, **record)  # makes the optimizer's state
+            timeline = record_timeline(step, model, **record)
+        model.zero_grad(set_to_none=True)
+    return report_of(timeline, plan, device, "predicted")
+
+
+def measure(
+    model: nn.Module,
+    batch: object,
+    plan: Plan = Plan(),
+    *,
+    loss: Loss | None = None,
+    optimizer: OptimizerFactory | None = None,
+    device: str | None = None,
+    repeats: int = 10,
+    warmup: int = 2,
+    **checkpoint_options,
+) -> StepReport:
+    """Measure the peak and the time of one training step, in separate passes.
+
+    Args:
+        model, batch, plan, loss, optimizer: as in ``predict``. The model is trained
+            for some steps and then put back: parameters, buffers, gradients, mode.
+        device: where to run; default: where the model is. Elsewhere a copy is run.
+        repeats: timed steps, of which the median and quartiles are reported.
+        warmup: steps before anything is measured; at least one is run.
+        checkpoint_options: see ``checkpointed``.
+
+    Raises:
+        ValueError: if the plan, the batch or the device does not fit.
+        torch.OutOfMemoryError: if the step does not fit into the device's memory;
+            says how much it needs. The memory is free again.
+    """
+    (report,) = measure_plans(
+        model,
+        batch,
+        [plan],
+        loss=loss,
+        optimizer=optimizer,
+        device=device,
+        repeats=repeats,
+        warmup=warmup,
+        **checkpoint_options,
+    )
+    return report
+
+
+def measure_plans(
+    model: nn.Module,
+    batch: object,
+    plans: Sequence[Plan],
+    *,
+    loss: Loss | None = None,
+    optimizer: OptimizerFactory | None = None,
+    device: str | None = None,
+    repeats: int = 10,
+    warmup: int = 2,
+    between_steps: Callable[[], None] = lambda: None,
+    **checkpoint_options,
+) -> list[StepReport]:
+    """Measure several plans in one interleaved run, so that times can be compared.
+
+    Args and errors: as ``measure``.
+        between_steps: called before each step; may raise to end the measurement.
+    """
+    device = _usable_device(model, device)
+    needed_bytes = max(
+        predict(
+            model,
+            batch,
+            plan,
+            loss=loss,
+            optimizer=optimizer,
+            device=device,
+            **checkpoint_options,
+        ).peak_bytes
+        for plan in plans
+    )
+    if needed_bytes > memory_bytes(device):
+        raise torch.OutOfMemoryError(too_large(device, needed_bytes))
+    with explained_oom(device, needed_bytes):
+        model, batch = _placed(model, batch, device)
+        with _left_as_found(model, trains=optimizer is not None):
+            made = optimizer(model.parameters()) if optimizer else None
+            step = training_step(model, batch, loss, made)
+
+            def applied(plan: Plan):
+                between_steps()
+                return checkpointed(model, plan, **checkpoint_options)
+
+            reports = []
+            for plan in plans:
+                for _ in range(max(1, warmup)):
+                    with applied(plan):
+                        step()
+                with applied(plan):
+                    timeline = record_timeline(step, model, batch=batch, optimizer=made)
+                report = report_of(timeline, plan, device, "measured")
+                if device == "cuda":
+                    own = [*model.parameters(), *model.buffers(), *tensors_in(batch)]
+                    with applied(plan):
+                        report = _from_allocator(report, step, own, made)
+                reports.append(report)
+            samples: list[list[float]] = [[] for _ in plans]
+            for _ in range(repeats):
+                for plan, times in zip(plans, samples, strict=True):
+                    with applied(plan):
+                        times.append(time_step_ms(step, device))
+    return [
+        dataclasses.replace(report, **_summary(times))
+        for report, times in zip(reports, samples, strict=True)
+    ]
+
+
+def report_of(timeline: Timeline, plan: Plan, device: str, source: str) -> StepReport:
+    """Read a report off a timeline; it has no time in it."""
+    return StepReport(
+        peak_bytes=timeline.peak_bytes,
+        after_forward_bytes=timeline.after_forward_bytes,
+        baseline_bytes=timeline.baseline_bytes,
+        categories=timeline.at_peak().categories,
+        step_ms=None,
+        step_ms_quartiles=None,
+        forward_flops=timeline.flops["forward"],
+        recompute_flops=timeline.flops["recompute"],
+        device=device,
+        source=source,
+        plan=plan,
+        timeline=timeline,
+    )
+
+
+def _summary(times_ms: list[float]) -> dict:
+    """Summarise timed steps: median, quartiles, how many."""
+    if len(times_ms) < 2:
+        quartiles = (times_ms[0],) * 2 if times_ms else None
+    else:
+        low, _, high = statistics.quantiles(times_ms, n=4, method="inclusive")
+        quartiles = (low, high)
+    return {
+        "step_ms": statistics.median(times_ms) if times_ms else None,
+        "step_ms_quartiles": quartiles,
+        "repeats": len(times_ms),
+    }
+
+
+def _usable_device(model: nn.Module, device: str | None) -> str:
+    """Resolve the device to run on, or say what is missing."""
+    if device is None:
+        first = next(model.parameters(), torch.empty(0))
+        device = first.device
+    device = torch.device(device).type
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "CUDA was asked for, but this PyTorch sees no CUDA device; measure on "
+            "device='cpu', or predict(..., device='cuda') the bytes of a CUDA step"
+        )
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"measure runs on 'cpu' or 'cuda', not on {device!r}")
+    return device
+
+
+def _placed(model: nn.Module, batch: object, device: str) -> tuple[nn.Module, object]:
+    """Move the batch, and a copy of the model if it lives elsewhere, to the device."""
+    if isinstance(batch, tuple | list):
+        batch = type(batch)(tensor.to(device) for tensor in batch)
+    else:
+        batch = batch.to(device)
+    if all(parameter.device.type == device for parameter in model.parameters()):
+        return model, batch
+    return copy.deepcopy(model).to(device), batch
+
+
+@contextlib.contextmanager
+def _left_as_found(model: nn.Module, trains: bool) -> Iterator[None]:
+    """Put back what training steps change: tensors, gradients, random numbers.
+
+    The copies lie in host memory, where they do not count on a GPU.
+    """
+    changing = [*model.buffers(), *(model.parameters() if trains else ())]
+    saved = [tensor.detach().to("cpu", copy=True) for tensor in changing]
+    gradients = [parameter.grad for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = None
+    try:
+        with torch.random.fork_rng(), torch.enable_grad():
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(changing, saved, strict=True):
+                tensor.copy_(value)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+
+
+def _from_allocator(
+    report: StepReport,
+    step: Callable,
+    own: list[torch.Tensor],
+    optimizer: torch.optim.Optimizer | None,
+) -> StepReport:
+    """Replace the tracked bytes by what CUDA's allocator counts in an unwatched step.
+
+    What other tenants of the process hold, the cuBLAS workspace among them, is what is
+    allocated before the step less the tensors that belong to it.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    gc.collect()
+    torch.cuda.synchronize()
+    without_workspace = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    start_bytes = torch.cuda.memory_allocated()
+    state = optimizer.state.values() if optimizer else ()
+    gradients = [tensor.grad for tensor in own if tensor.grad is not None]
+    storages = {
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
+        for tensor in tensors_in([own, gradients, list(state)])
+        if tensor.is_cuda
+    }
+    others = start_bytes - sum(map(round_to_block, storages.values()))
+    torch.cuda.reset_peak_memory_stats()
+    levels: list[int] = []
+    step(lambda: levels.append(torch.cuda.memory_allocated() - others))
+    torch.cuda.synchronize()
+    return dataclasses.replace(
+        report,
+        peak_bytes=torch.cuda.max_memory_allocated() - others,
+        after_forward_bytes=levels[0],
+        workspace_bytes=start_bytes - without_workspace,
+    )

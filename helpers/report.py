@@ -1,0 +1,74 @@
+"""The numbers of one training step, measured or predicted, in one frozen record."""
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from helpers.checkpointing import Plan
+from helpers.timeline import Timeline
+from helpers.units import format_bytes, format_flops, format_ms
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Memory, work and time of one training step under one plan."""
+
+    peak_bytes: int  # the most bytes alive at once during the step
+    after_forward_bytes: int  # alive between the loss and backward
+    baseline_bytes: int  # alive before the forward pass: parameters, state, batch
+    categories: dict[str, int]  # what is alive at the peak
+    step_ms: float | None  # median; None when predicted
+    step_ms_quartiles: tuple[float, float] | None
+    forward_flops: int  # matrix products and convolutions alone
+    recompute_flops: int  # forward work done a second time, during backward
+    device: str
+    source: Literal["measured", "predicted", "recorded"]
+    plan: Plan = Plan()
+    repeats: int = 0  # how many runs the median is of
+    workspace_bytes: int = 0  # cuBLAS's own, not in peak_bytes
+    timeline: Timeline | None = field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict:
+        """Make a dict that ``json`` can write; the timeline is left out."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        del values["timeline"]
+        return values | {"plan": [list(segment) for segment in self.plan.segments]}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "StepReport":
+        """Rebuild a report from ``to_dict``'s result, also after a trip through JSON."""
+        quartiles = values["step_ms_quartiles"]
+        return cls(
+            **values
+            | {
+                "plan": Plan(tuple(map(tuple, values["plan"]))),
+                "step_ms_quartiles": quartiles and tuple(quartiles),
+            }
+        )
+
+    def rows(self) -> dict[str, str]:
+        """Say everything in words, a row a quantity."""
+        rows = {
+            "plan": str(self.plan),
+            "peak": f"{format_bytes(self.peak_bytes)} ({self.peak_bytes:,} B)",
+            "after forward": format_bytes(self.after_forward_bytes),
+            "before forward": format_bytes(self.baseline_bytes),
+            "alive at the peak": ", ".join(
+                f"{category.replace('_', ' ')} {format_bytes(n_bytes)}"
+                for category, n_bytes in self.categories.items()
+                if n_bytes
+            ),
+            "forward": format_flops(self.forward_flops),
+            "recompute": format_flops(self.recompute_flops),
+        }
+        if self.step_ms is not None:
+            low, high = self.step_ms_quartiles
+            rows["step"] = (
+                f"{format_ms(self.step_ms)} (half of {self.repeats} runs between "
+                f"{format_ms(low)} and {format_ms(high)})"
+            )
+        return rows
+
+    def __repr__(self) -> str:
+        lines = [f"StepReport, {self.source} for {self.device}"]
+        lines += [f"  {name:<18} {value}" for name, value in self.rows().items()]
+        return "\n".join(lines)

@@ -1,0 +1,42 @@
+"""Bytes, milliseconds and FLOPs as people read them, formatted in one place."""
+
+BLOCK_BYTES = 512  # the CUDA caching allocator hands out multiples of this
+
+
+def round_to_block(n_bytes: int) -> int:
+    """Round up to the block that PyTorch's CUDA caching allocator hands out.
+
+    Source: ``kMinBlockSize`` in c10/cuda/CUDACachingAllocator.
+    """
+    return -(-n_bytes // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def format_bytes(n_bytes: int, signed: bool = False) -> str:
+    """Format bytes in binary units: 512 B, 1.5 KiB, 384.4 MiB, 1.2 GiB."""
+    sign = "−" if n_bytes < 0 else "+" if signed and n_bytes > 0 else ""
+    value = abs(n_bytes)
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= size:
+            return f"{sign}{value / size:,.1f} {unit}"
+    return f"{sign}{value:,} B"
+
+
+def format_ms(milliseconds: float) -> str:
+    """Format a duration: 0.42 ms, 12.3 ms, 1.25 s."""
+    if milliseconds >= 1000:
+        return f"{milliseconds / 1000:.2f} s"
+    return f"{milliseconds:.3g} ms" if milliseconds < 100 else f"{milliseconds:.0f} ms"
+
+
+def format_flops(flops: int) -> str:
+    """Format floating-point operations: 640 FLOP, 1.3 MFLOP, 2.2 GFLOP."""
+    for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if flops >= size:
+            return f"{flops / size:,.1f} {unit}FLOP"
+    return f"{flops} FLOP"
+
+
+def format_change(after: float, before: float) -> str:
+    """Format a relative change in whole per cent: +9 %, −31 %, ±0 %."""
+    percent = round(100 * (after / before - 1))
+    return f"{percent:+d} %".replace("-", "−") if percent else "±0 %"
