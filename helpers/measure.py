@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import gc
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -147,17 +147,49 @@ def measure_plans(
     Args and errors: as ``measure``.
         between_steps: called before each step; may raise to end the measurement.
     """
+    measuring = measuring_plans(
+        model,
+        batch,
+        plans,
+        loss=loss,
+        optimizer=optimizer,
+        device=device,
+        repeats=repeats,
+        warmup=warmup,
+        **checkpoint_options,
+    )
+    while True:
+        try:
+            next(measuring)
+            between_steps()
+        except StopIteration as finished:
+            return finished.value
+        except BaseException:
+            measuring.close()
+            raise
+
+
+def measuring_plans(
+    model: nn.Module,
+    batch: object,
+    plans: Sequence[Plan],
+    *,
+    loss: Loss | None = None,
+    optimizer: OptimizerFactory | None = None,
+    device: str | None = None,
+    repeats: int = 10,
+    warmup: int = 2,
+    **checkpoint_options,
+) -> Generator[None, None, list[StepReport]]:
+    """Measure as ``measure_plans`` does, one training step for each ``next``.
+
+    Whoever calls can do other things between steps, or ``close`` the measurement: the
+    model is put back then too. The reports are the generator's return value.
+    """
     device = _usable_device(model, device)
+    settings = {"loss": loss, "optimizer": optimizer} | checkpoint_options
     needed_bytes = max(
-        predict(
-            model,
-            batch,
-            plan,
-            loss=loss,
-            optimizer=optimizer,
-            device=device,
-            **checkpoint_options,
-        ).peak_bytes
+        predict(model, batch, plan, device=device, **settings).peak_bytes
         for plan in plans
     )
     if needed_bytes > memory_bytes(device):
@@ -168,26 +200,32 @@ def measure_plans(
             made = optimizer(model.parameters()) if optimizer else None
             step = training_step(model, batch, loss, made)
 
-            def applied(plan: Plan):
-                between_steps()
-                return checkpointed(model, plan, **checkpoint_options)
+            @contextlib.contextmanager
+            def applied(plan: Plan) -> Iterator[None]:
+                with torch.random.fork_rng(), torch.enable_grad():
+                    with checkpointed(model, plan, **checkpoint_options):
+                        yield
 
             reports = []
             for plan in plans:
                 for _ in range(max(1, warmup)):
+                    yield
                     with applied(plan):
                         step()
+                yield
                 with applied(plan):
                     timeline = record_timeline(step, model, batch=batch, optimizer=made)
                 report = report_of(timeline, plan, device, "measured")
                 if device == "cuda":
                     own = [*model.parameters(), *model.buffers(), *tensors_in(batch)]
+                    yield
                     with applied(plan):
                         report = _from_allocator(report, step, own, made)
                 reports.append(report)
             samples: list[list[float]] = [[] for _ in plans]
             for _ in range(repeats):
                 for plan, times in zip(plans, samples, strict=True):
+                    yield
                     with applied(plan):
                         times.append(time_step_ms(step, device))
     return [
@@ -257,7 +295,7 @@ def _placed(model: nn.Module, batch: object, device: str) -> tuple[nn.Module, ob
 
 @contextlib.contextmanager
 def _left_as_found(model: nn.Module, trains: bool) -> Iterator[None]:
-    """Put back what training steps change: tensors, gradients, random numbers.
+    """Put back what training steps change: parameters, buffers, gradients.
 
     The copies lie in host memory, where they do not count on a GPU.
     """
@@ -267,8 +305,7 @@ def _left_as_found(model: nn.Module, trains: bool) -> Iterator[None]:
     for parameter in model.parameters():
         parameter.grad = None
     try:
-        with torch.random.fork_rng(), torch.enable_grad():
-            yield
+        yield
     finally:
         with torch.no_grad():
             for tensor, value in zip(changing, saved, strict=True):

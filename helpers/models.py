@@ -1,4 +1,4 @@
-"""The models that the notebooks train: the MLP from the docs, and MLPs of any widths."""
+"""The models that the notebooks train: the docs' MLP, and MLPs of any widths."""
 
 from collections import OrderedDict
 from collections.abc import Sequence

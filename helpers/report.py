@@ -35,7 +35,7 @@ class StepReport:
 
     @classmethod
     def from_dict(cls, values: dict) -> "StepReport":
-        """Rebuild a report from ``to_dict``'s result, also after a trip through JSON."""
+        """Rebuild a report from what ``to_dict`` made, also after a trip by JSON."""
         quartiles = values["step_ms_quartiles"]
         return cls(
             **values

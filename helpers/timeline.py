@@ -164,6 +164,15 @@ class Timeline:
         event = self.events[max(self.peak_place, 0)]
         return Peak(self.peak_bytes, event, categories, tuple(tensors))
 
+    def kept_bytes(self) -> dict[str, int]:
+        """Bytes that each layer, a child of the model, leaves alive for backward."""
+        kept: dict[str, int] = {}
+        for kind, allocation, _, _ in self.events:
+            if kind == "alloc" and allocation.category == "activation":
+                layer = allocation.module.partition(".")[0]
+                kept[layer] = kept.get(layer, 0) + allocation.bytes
+        return kept
+
     def levels(self) -> dict[str, list[int]]:
         """Bytes alive in each category, at the start and after every event."""
         now = dict.fromkeys(CATEGORIES, 0)
@@ -241,7 +250,7 @@ def _call(func: Callable, args: tuple, kwargs: dict) -> object:
 
 
 def _flops(func: torch._ops.OpOverload, args: tuple, kwargs: dict, out) -> int:
-    """Count an operator's FLOPs as ``torch.utils.flop_counter`` does, each shape once."""
+    """Count FLOPs as ``torch.utils.flop_counter`` does, once for each shape."""
     if func.overloadpacket not in flop_registry:
         return 0
     shapes = _shapes((args, tuple(kwargs.items()), out))

@@ -18,4 +18,5 @@ def test_ruff(command):
         capture_output=True,
         text=True,
     )
-    assert run.returncode == 0, run.stdout + run.stderr
+    if run.returncode:
+        pytest.fail(run.stdout + run.stderr, pytrace=False)

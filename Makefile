@@ -1,0 +1,81 @@
+# A reader needs `make lab` and `make test`; the other targets are for writing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+
+# What a run or an editor leaves behind beside nbstripout's own list.
+STRAY_KEYS := metadata.language_info.version metadata.toc \
+  cell.metadata.editable cell.metadata.jp-MarkdownHeadingCollapsed \
+  cell.metadata.slideshow cell.metadata.trusted
+
+.PHONY: lab test bench execute html lock clean
+
+# Jupyter refuses root unless told; in a container there is often nobody else.
+ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)
+
+# The root is here, and not beside the notebook, so that links to ../helpers work.
+# On another machine: make lab LAB_FLAGS="--no-browser --port=8889"
+lab: $(INSTALLED)
+	$(BIN)/jupyter lab --ServerApp.root_dir=. $(ROOT_FLAG) $(LAB_FLAGS) \
+	  notebooks/00_start_here.ipynb
+
+# Strict nbval: each committed output is held against a new one. A notebook's
+# cells share a kernel, so that a whole file goes to one worker.
+test: $(INSTALLED)
+	$(BIN)/pytest
+	$(BIN)/pytest --nbval --nbval-current-env --nbval-cell-timeout 120 \
+	  -n 2 --dist loadfile notebooks
+
+bench: $(INSTALLED)
+	$(BIN)/python -m tests.bench
+
+# One notebook: make execute NOTEBOOKS=notebooks/00_start_here.ipynb
+execute: $(INSTALLED)
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+	  --ExecutePreprocessor.store_widget_state=False \
+	  --ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
+	$(BIN)/nbstripout --keep-output --keep-count --keep-id \
+	  --extra-keys "$(STRAY_KEYS)" $(NOTEBOOKS)
+
+# nbconvert keeps links between notebooks as they are; the pages are .html here.
+html: $(INSTALLED)
+	$(BIN)/jupyter nbconvert --to html --embed-images --output-dir html $(NOTEBOOKS)
+	sed -i.bak 's/\(href="[^":]*\)\.ipynb/\1.html/g' html/*.html
+	rm -f html/*.bak
+
+# JupyterLab would open with a question about its news and fetch announcements;
+# sys_prefix keeps that setting in .venv and out of the reader's home.
+$(INSTALLED): pyproject.toml requirements.lock | $(BIN)/pip
+	$(BIN)/pip install -c requirements.lock -e '.[dev]'
+	$(BIN)/jupyter labextension disable --level=sys_prefix \
+	  @jupyterlab/apputils-extension:announcements
+	touch $@
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, and $(PYTHON) is not:" \
+	  "try make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Run this with the oldest Python supported: its newest packages also run on the
+# later ones. torch stays where it is, since the notebooks quote what it does: to
+# move it, edit its pin first. A local suffix (+cpu) would tie the pins to one
+# build, and torch itself pins the CUDA packages that it brings on Linux.
+lock:
+	rm -rf .lock
+	$(PYTHON) -m venv .lock
+	grep '^torch==' requirements.lock > .lock/torch
+	.lock/bin/pip install -c .lock/torch -e '.[dev]'
+	.lock/bin/pip freeze --all --exclude-editable --exclude pip > .lock/all
+	{ echo '# Every version tested, for Python 3.11 to 3.13: make lock'; \
+	  grep -Ev '^(cuda|nvidia|triton)' .lock/all | sed 's/+.*//' \
+	  | LC_ALL=C sort -f; } > requirements.lock
+	rm -rf .lock
+
+clean:
+	rm -rf $(VENV) .lock html build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	find . -name .ipynb_checkpoints -prune -exec rm -rf {} +

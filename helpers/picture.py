@@ -1,0 +1,156 @@
+"""The lab's picture: two timelines, what is alive at the peak, time, every plan tried.
+
+It is redrawn at each flip of a box and has some 50 ms for that. So the figure is made
+once, and each part of it is painted again only when what it shows has changed.
+"""
+
+import io
+from collections.abc import Callable, Hashable, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from helpers.plots import (
+    STYLE,
+    plot_peaks,
+    plot_timeline,
+    plot_times,
+    plot_tradeoff,
+    timeline_length,
+)
+from helpers.report import StepReport
+
+WIDTH, HEIGHT, SCALE = 880, 500, 2  # CSS pixels, and device pixels for each
+
+
+class LabPicture:
+    """Draws the state of a ``LayerLab`` as PNG."""
+
+    def __init__(self) -> None:
+        self._style = matplotlib.rc_params_from_file(STYLE, use_default_template=False)
+        with matplotlib.rc_context(self._style):
+            self._figure = Figure((WIDTH / 100, HEIGHT / 100), dpi=100 * SCALE)
+            self._figure.set_layout_engine("none")
+            self._canvas = FigureCanvasAgg(self._figure)
+            part = self._part
+            self._before = part("no checkpointing", (0, 0.5, 0.55, 0.5), left=0.06)
+            self._after = part("this plan", (0, 0, 0.55, 0.5), left=0.06)
+            self._peaks = part(
+                "alive at the peak", (0.55, 0.5, 0.25, 0.5), left=0.055, right=0.08
+            )
+            self._times = part("iteration time", (0.8, 0.5, 0.2, 0.5), left=0.05)
+            self._tradeoff = part("every plan tried", (0.55, 0, 0.45, 0.5), left=0.055)
+            self._canvas.draw()
+
+    def _part(
+        self, title: str, region: tuple, left: float, right: float = 0.015
+    ) -> "_Part":
+        x, y, width, height = region
+        low = 0.1 if title not in ("no checkpointing", "this plan") else 0.03
+        ax = self._figure.add_axes(
+            (x + left, y + low, width - left - right, height - low - 0.07), title=title
+        )
+        return _Part(ax, region, self._canvas)
+
+    def draw(
+        self,
+        before: StepReport,
+        after: StepReport,
+        tried: Sequence[StepReport] = (),
+        measured: Sequence[tuple[StepReport, StepReport]] = (),
+    ) -> bytes:
+        """Draw one state and return it as PNG.
+
+        Args:
+            before, after: without checkpointing and with this plan; measured reports
+                where there are some, else predicted ones.
+            tried: predictions of every plan so far, this one last.
+            measured: of those, what was measured, beside the unchecked model.
+        """
+        top = max(report.peak_bytes for report in (before, after, *tried))
+        length = max(timeline_length(r.timeline) for r in (before, after))
+        pair = {"none": before, "this plan": after}
+        labels = {0: "none", len(tried) - 1: "this plan"}
+        with matplotlib.rc_context(self._style):
+            for part, report in ((self._before, before), (self._after, after)):
+                part.paint(
+                    (id(report.timeline), report.source, top, length),
+                    plot_timeline,
+                    report.timeline,
+                    top_bytes=top,
+                    length=length,
+                    measured=report.source == "measured",
+                )
+            ids = id(before), id(after)
+            self._peaks.paint((*ids, top), plot_peaks, pair, top_bytes=top)
+            self._times.paint(ids, plot_times, pair)
+            self._tradeoff.paint(
+                (tuple(map(id, tried)), len(measured), top),
+                plot_tradeoff,
+                tried,
+                measured,
+                labels=labels,
+                top_bytes=top,
+            )
+        return self._png()
+
+    def _png(self) -> bytes:
+        pixels = np.asarray(self._canvas.buffer_rgba())
+        image = Image.fromarray(pixels).quantize(
+            64, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
+        )
+        out = io.BytesIO()
+        image.save(out, "png", compress_level=1)
+        return out.getvalue()
+
+
+class _Part:
+    """One axes and its region of the canvas, painted when what it shows changes."""
+
+    def __init__(self, ax: Axes, region: tuple, canvas: FigureCanvasAgg) -> None:
+        self._ax, self._canvas = ax, canvas
+        self._shown = self._frame = self._empty = None
+        x, y, width, height = region
+        columns, rows = (side * SCALE for side in (WIDTH, HEIGHT))
+        self._region = (
+            slice(round((1 - y - height) * rows), round((1 - y) * rows)),
+            slice(round(x * columns), round((x + width) * columns)),
+        )
+
+    def paint(self, what: Hashable, plot: Callable, *args, **kwargs) -> None:
+        """Paint ``plot(ax, …)`` unless ``what`` is what this part shows already."""
+        if what == self._shown:
+            return
+        for artist in self._artists():
+            artist.remove()
+        plot(self._ax, *args, **kwargs)
+        pixels = np.asarray(self._canvas.buffer_rgba())[self._region]
+        pixels[:] = self._empty_axes(pixels)
+        for artist in sorted(self._artists(), key=lambda artist: artist.zorder):
+            artist.draw(self._canvas.get_renderer())
+        self._shown = what
+
+    def _artists(self) -> list[Artist]:
+        ax = self._ax
+        return [*ax.lines, *ax.patches, *ax.collections, *ax.texts]
+
+    def _empty_axes(self, pixels: np.ndarray) -> np.ndarray:
+        """Draw the axes without data, but only where limits or labels have changed."""
+        ax = self._ax
+        labels = [label.get_text() for label in ax.get_xticklabels()]
+        frame = ax.get_xlim(), ax.get_ylim(), ax.get_ylabel(), labels
+        if frame != self._frame:
+            artists = self._artists()
+            for artist in artists:
+                artist.set_visible(False)
+            pixels[:] = 255
+            ax.draw(self._canvas.get_renderer())
+            for artist in artists:
+                artist.set_visible(True)
+            self._frame, self._empty = frame, pixels.copy()
+        return self._empty

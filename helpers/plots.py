@@ -1,0 +1,360 @@
+"""The workbook's pictures: each function draws one thing on one axes.
+
+One hue has one meaning everywhere. What is predicted is hollow, what is measured is
+filled. Memory axes start at zero.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from helpers.report import StepReport
+from helpers.timeline import CATEGORIES, Timeline
+from helpers.units import format_bytes, format_change, format_ms
+
+STYLE = Path(__file__).with_name("workbook.mplstyle")
+COLORS = {
+    "parameter": "#404040",
+    "optimizer_state": "#BFBFBF",
+    "input": "#F0E442",
+    "gradient": "#808080",
+    "activation": "#D55E00",
+    "recomputed": "#0072B2",
+    "temporary": "#56B4E9",
+}
+PHASE_COLORS = {
+    "forward": "#F8E8DC",
+    "backward": "#E4E4E4",
+    "recompute": "#B5D3EA",
+    "optimizer": "#F4F4F4",
+}
+INK, QUIET = "#222222", "#707070"
+LINES = ("#D55E00", "#0072B2", "#404040", "#56B4E9")
+
+
+def memory_unit(top_bytes: int) -> tuple[int, str]:
+    """Choose the unit of a memory axis: its size in bytes and its name."""
+    for size, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if top_bytes >= 2 * size:
+            return size, name
+    return 1, "B"
+
+
+def memory_axis(ax: Axes, top_bytes: int, below: float = 0) -> int:
+    """Make y a memory axis from zero to a little over ``top_bytes``.
+
+    Args:
+        below: room under zero, as a share of the axis.
+
+    Returns:
+        The size of its unit in bytes; what is drawn is divided by it.
+    """
+    size, name = memory_unit(top_bytes)
+    top = 1.16 * top_bytes / size
+    if ax.get_ylim() == (-below * top, top) and ax.get_ylabel() == name:
+        return size  # making ticks anew takes longer than all the rest
+    ax.set_ylim(-below * top, top)
+    ticks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(0, top)
+    ax.set_yticks([tick for tick in ticks if 0 <= tick <= top])
+    ax.set_ylabel(name)
+    return size
+
+
+def plot_timeline(
+    ax: Axes,
+    timeline: Timeline,
+    *,
+    top_bytes: int | None = None,
+    length: int | None = None,
+    measured: bool = False,
+) -> None:
+    """Draw what is alive through one step, stacked by category, with its peak marked.
+
+    The strip under zero says what is running: the phase by colour, the layer by name.
+
+    Args:
+        top_bytes: upper end of the memory axis, to compare several; default: the peak.
+        length: right end of the x axis, in allocations and releases.
+        measured: whether the peak's mark is filled.
+    """
+    size = memory_axis(ax, top_bytes or timeline.peak_bytes, below=0.17)
+    start = timeline.first_allocation
+    rows = timeline.levels()
+    stack = np.array([rows[category][start:] for category in CATEGORIES]) / size
+    # Each level holds until the next event: repeat it, so that the steps are square.
+    places = np.repeat(np.arange(stack.shape[1] + 1), 2)[1:-1]
+    edges = np.vstack([np.zeros(len(places)), np.repeat(stack, 2, axis=1).cumsum(0)])
+    for category, low, high in zip(CATEGORIES, edges, edges[1:], strict=False):
+        if (high > low).any():
+            ax.fill_between(places, low, high, color=COLORS[category], lw=0)
+    ax.set_xlim(0, length or places[-1])
+    ax.xaxis.set_visible(False)
+    _plot_strip(ax, timeline)
+    _mark_peak(ax, timeline, size, measured)
+
+
+def timeline_length(timeline: Timeline) -> int:
+    """Count the events that ``plot_timeline`` draws."""
+    return len(timeline.events) - timeline.first_allocation + 1
+
+
+def _mark_peak(ax: Axes, timeline: Timeline, size: int, measured: bool) -> None:
+    """Mark the peak with its value and its cause, on the side where there is room."""
+    event = timeline.at_peak().event
+    x = timeline.peak_place + 1.5 - timeline.first_allocation
+    y = timeline.peak_bytes / size
+    ax.plot(x, y, "o", ms=5, color=INK, mfc=INK if measured else "white", zorder=5)
+    fits_right = x < 0.55 * ax.get_xlim()[1]
+    layer = _layer(event.allocation.module)
+    cause = " ".join(filter(None, (event.allocation.op, "in", layer or "the loss")))
+    for text, rise, style in (
+        (f"peak {format_bytes(timeline.peak_bytes)}", 9, {"weight": "bold"}),
+        (f"{event.phase}: {cause}", 0, {"color": QUIET, "size": 7.5}),
+    ):
+        ax.annotate(
+            text,
+            (x, y),
+            (8 if fits_right else -8, rise),
+            textcoords="offset points",
+            ha="left" if fits_right else "right",
+            annotation_clip=False,
+            **({"color": INK} | style),
+        )
+
+
+def _layer(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _plot_strip(ax: Axes, timeline: Timeline) -> None:
+    """Draw what is running, under zero: a box for each layer in its phase's colour."""
+    running, what = ("forward", ""), []
+    for event in timeline.events[timeline.first_allocation :]:
+        if event.kind == "alloc":
+            running = (event.phase, _layer(event.allocation.module))
+        what.append(running)
+    bottom, width, place = ax.get_ylim()[0], ax.get_xlim()[1], 0
+    box_bottom, boxes, recomputed = 0.5 * bottom, [], []
+    for (phase, layer), group in groupby(what):
+        length = len(list(group))
+        boxes.append(((place, length), PHASE_COLORS[phase]))
+        if phase == "recompute":
+            recomputed.append(place)
+        label = "".join(filter(str.isdigit, layer)) or layer[:6]
+        if label and length > 0.014 * width * len(label):
+            centre = (place + length / 2, 0.54 * box_bottom)
+            ax.text(*centre, label, ha="center", va="center", size=6.5, color=INK)
+        place += length
+    spans, colors = zip(*boxes, strict=True)
+    ax.broken_barh(
+        spans, (box_bottom, -0.9 * box_bottom), facecolors=colors, edgecolor="w"
+    )
+    for text, x, align, color in (
+        ("forward", 0, "left", "#A85B20"),
+        ("backward", place, "right", QUIET),
+        ("recompute", max(recomputed[:1] + [0.14 * width]), "left", "#0072B2"),
+    ):
+        if text != "recompute" or recomputed:
+            style = {"ha": align, "va": "center", "size": 7, "color": color}
+            ax.text(
+                min(x, 0.7 * place) if align == "left" else x,
+                0.78 * bottom,
+                text,
+                **style,
+            )
+
+
+def plot_peaks(
+    ax: Axes, reports: Mapping[str, StepReport], *, top_bytes: int | None = None
+) -> None:
+    """Draw what is alive at each report's peak, a bar each, categories named beside."""
+    top = top_bytes or max(report.peak_bytes for report in reports.values())
+    size = memory_axis(ax, top)
+    for place, report in enumerate(reports.values()):
+        bottom = 0.0
+        for category in CATEGORIES:
+            height = report.categories.get(category, 0) / size
+            if height:
+                ax.bar(
+                    place,
+                    height,
+                    0.74,
+                    bottom=bottom,
+                    color=COLORS[category],
+                    edgecolor="white",
+                    linewidth=0.6,
+                )
+            bottom += height
+        _label_above(ax, place, bottom, f"{bottom:,.1f}", weight="bold")
+    _label_plans(ax, reports)
+    _label_categories(ax, list(reports.values()), size)
+
+
+def _label_plans(ax: Axes, reports: Mapping[str, StepReport]) -> None:
+    ax.set_xlim(-0.6, len(reports) - 0.4)
+    if [tick.get_text() for tick in ax.get_xticklabels()] != list(reports):
+        ax.set_xticks(range(len(reports)), list(reports))
+
+
+def _label_above(ax: Axes, x: float, y: float, text: str, **style) -> None:
+    ax.annotate(
+        text,
+        (x, y),
+        (0, 3),
+        textcoords="offset points",
+        ha="center",
+        va="bottom",
+        **({"color": INK} | style),
+    )
+
+
+def _label_categories(ax: Axes, reports: Sequence[StepReport], size: int) -> None:
+    """Name the categories to the right of the last bar, pushed apart to be readable."""
+    gap = 0.072 * ax.get_ylim()[1]
+    last = reports[-1].categories
+    shown = {
+        category
+        for report in reports
+        for category, n_bytes in report.categories.items()
+        if n_bytes > 0.01 * report.peak_bytes
+    }
+    bottom = floor = 0.0
+    for category in CATEGORIES:
+        height = last.get(category, 0) / size
+        if category in shown:
+            floor = max(bottom + height / 2, floor)
+            ax.annotate(
+                category.replace("_", " "),
+                (len(reports) - 0.55, floor),
+                va="center",
+                annotation_clip=False,
+                size=8,
+                weight="bold",
+                color="#8F8500" if category == "input" else COLORS[category],
+            )
+            floor += gap
+        bottom += height
+
+
+def plot_times(ax: Axes, reports: Mapping[str, StepReport]) -> None:
+    """Draw median step times with their quartiles, and the change from the first."""
+    first = next(iter(reports.values()))
+    top = 0.0
+    for place, report in enumerate(reports.values()):
+        if report.step_ms is None:
+            continue
+        low, high = report.step_ms_quartiles
+        ax.plot([place, place], [low, high], color=INK, lw=6, alpha=0.25)
+        ax.plot(place, report.step_ms, "o", ms=5, color=INK)
+        text = format_ms(report.step_ms)
+        if report is not first:
+            text += f"\n{format_change(report.step_ms, first.step_ms)}"
+        _label_above(ax, place, high, text, size=8)
+        top = max(top, high)
+    _label_plans(ax, reports)
+    ax.set_ylim(0, top * 1.5 or 1)
+    ax.set_ylabel("ms")
+    if not top:
+        ax.set_yticks([])
+        ax.text(
+            0.5,
+            0.5,
+            "not yet\nmeasured",
+            transform=ax.transAxes,
+            ha="center",
+            va="center",
+            size=8,
+            color=QUIET,
+        )
+
+
+def extra_work(report: StepReport) -> float:
+    """Recomputed FLOPs as % of a step without checkpointing.
+
+    Backward multiplies twice for each forward product, so such a step is three
+    forward passes.
+    """
+    return 100 * report.recompute_flops / max(1, 3 * report.forward_flops)
+
+
+def plot_tradeoff(
+    ax: Axes,
+    predicted: Sequence[StepReport],
+    measured: Sequence[tuple[StepReport, StepReport]] = (),
+    *,
+    labels: Mapping[int, str] | None = None,
+    top_bytes: int | None = None,
+) -> None:
+    """Draw memory against extra work: a ring for each prediction, a dot if measured.
+
+    Args:
+        predicted: the reports; a ring at their extra FLOPs.
+        measured: pairs (report, the unchecked model's in the same run); a dot at the
+            extra time.
+        labels: names for some of the rings, by place in ``predicted``.
+        top_bytes: upper end of the memory axis; default: the highest peak.
+    """
+    size = memory_axis(ax, top_bytes or max(r.peak_bytes for r in predicted))
+    right = 40.0
+    for report, base in measured:
+        x = 100 * (report.step_ms / base.step_ms - 1)
+        ax.plot(x, report.peak_bytes / size, "o", ms=5, color=INK, clip_on=False)
+        right = max(right, x)
+    for place, report in enumerate(predicted):
+        x, y = extra_work(report), report.peak_bytes / size
+        right = max(right, x)
+        named = labels and place in labels
+        ax.plot(
+            x,
+            y,
+            "o",
+            ms=6,
+            mfc="none",
+            mec=INK if named else "#A8A8A8",
+            clip_on=False,
+            zorder=4 if named else 3,
+        )
+    ax.set_xlim(-0.03 * right, right * 1.1)
+    for place, text in (labels or {}).items():
+        x, y = extra_work(predicted[place]), predicted[place].peak_bytes / size
+        near_end = x > 0.5 * ax.get_xlim()[1]
+        ax.annotate(
+            text,
+            (x, y),
+            (-7 if near_end else 7, 5),
+            textcoords="offset points",
+            ha="right" if near_end else "left",
+            size=8,
+            color=INK,
+        )
+    ax.set_xlabel("extra work, % of a step: ○ FLOPs  ● time")
+
+
+def plot_lines(
+    ax: Axes,
+    x: Sequence[float],
+    series: Mapping[str, Sequence[int]],
+    *,
+    xlabel: str,
+    measured: bool = False,
+) -> None:
+    """Draw bytes against anything, a line for each series, named at its end."""
+    size = memory_axis(ax, max(max(values) for values in series.values()))
+    for (name, values), color in zip(series.items(), LINES, strict=False):
+        y = np.asarray(values) / size
+        ax.plot(x, y, "o-", ms=4.5, color=color, mfc=color if measured else "white")
+        ax.annotate(
+            name,
+            (x[-1], y[-1]),
+            (8, 0),
+            textcoords="offset points",
+            va="center",
+            weight="bold",
+            color=color,
+            annotation_clip=False,
+        )
+    ax.set_xlabel(xlabel)

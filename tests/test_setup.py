@@ -1,0 +1,97 @@
+"""The lists of packages agree, and every way in leads to the same commands."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DEV = PROJECT["optional-dependencies"]["dev"]
+PINS = [
+    line
+    for line in (ROOT / "requirements.lock").read_text().splitlines()
+    if not line.startswith("#")
+]
+# A GPU machine without Jupyter can measure: everything but torch is blocked.
+TORCH_ONLY = ["units", "models", "checkpointing", "timeline", "measure"]
+BLOCKED = ["IPython", "PIL", "ipywidgets", "matplotlib", "numpy", "pandas", "tqdm"]
+
+
+def normal(name):
+    """Return a package's name as indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pinned_versions():
+    return {normal(name): version for name, version in (p.split("==") for p in PINS)}
+
+
+def test_the_pins_hold_on_every_machine():
+    # no path, no option and no local suffix such as +cpu
+    assert [pin for pin in PINS if not re.fullmatch(r"[\w.-]+==[\w.]+", pin)] == []
+
+
+def test_the_lock_is_sorted_and_names_a_package_once():
+    names = [pin.split("==")[0] for pin in PINS]
+    assert PINS == sorted(PINS, key=str.upper)
+    assert len({normal(name) for name in names}) == len(names)
+
+
+@pytest.mark.parametrize("dependency", PROJECT["dependencies"] + DEV)
+def test_a_dependency_is_pinned_within_its_range(dependency):
+    wanted = Requirement(dependency)
+    assert wanted.specifier, "a range says what works"
+    assert Version(pinned_versions()[normal(wanted.name)]) in wanted.specifier
+
+
+def test_torch_is_the_version_that_the_notebooks_were_run_with():
+    assert "torch==2.13.0" in PINS
+
+
+def test_conda_brings_python_and_leaves_the_packages_to_pip():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    python, pip, packages = environment["dependencies"]
+    assert PROJECT["requires-python"] in python
+    assert pip == "pip"
+    assert packages == {"pip": ["-c requirements.lock", "-e .[dev]"]}
+
+
+def test_every_way_in_runs_make_test():
+    run = ROOT / ".ci" / "run"
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    steps = workflow["jobs"]["test"]["steps"]
+    assert os.access(run, os.X_OK)
+    assert run.read_text().splitlines()[-1] == "make test"
+    assert steps[-1] == {"run": ".ci/run"}
+    assert "make test" in (ROOT / "README.md").read_text()
+
+
+def test_make_installs_what_conda_installs():
+    makefile = (ROOT / "Makefile").read_text()
+    assert "install -c requirements.lock -e '.[dev]'" in makefile
+
+
+def test_the_readme_lists_every_notebook_that_is_there():
+    listed = re.findall(r"\(notebooks/(\w+)\.ipynb\)", (ROOT / "README.md").read_text())
+    there = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+    assert listed == there
+
+
+@pytest.mark.parametrize("module", TORCH_ONLY)
+def test_measuring_needs_torch_alone(module):
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({BLOCKED}));"
+        f"import helpers.{module}"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
