@@ -25,7 +25,7 @@ from helpers.plots import COLORS
 from helpers.report import StepReport
 from helpers.units import format_bytes, format_change, format_flops, format_ms
 
-AUTO_FLOPS = 2 * 10**9  # a CPU step of this size takes some 50 ms: measured unasked
+AUTO_FLOPS = 4 * 10**9  # a CPU step of some 100 ms or less: measured unasked
 CPU_FLOPS = 60 * 10**9  # … some seconds: measured on the button; not above
 REPEATS = 8
 INT_LIMIT = 2**31
@@ -84,7 +84,7 @@ class LayerLab(widgets.HBox):
             [
                 widgets.VBox(
                     [*left, self.measure_button],
-                    layout=widgets.Layout(width="236px", flex="0 0 auto"),
+                    layout=widgets.Layout(width="252px", flex="0 0 auto"),
                 ),
                 widgets.VBox(
                     [self.picture, self.readout],
@@ -192,7 +192,7 @@ class LayerLab(widgets.HBox):
     def _make_shortcuts(self) -> widgets.VBox:
         def button(text: str, plan: Callable[[], Plan], tooltip: str, width: int):
             made = widgets.Button(description=text, tooltip=tooltip)
-            made.layout = _wide(width, margin="1px")
+            made.layout = _wide(width, margin="1px", padding="0")
             made.on_click(lambda _: self._later(lambda: setattr(self, "plan", plan())))
             return made
 
@@ -491,7 +491,8 @@ class LayerLab(widgets.HBox):
             return f"{note}; the measurement follows"
         if self._bearable(CPU_FLOPS):
             return f"{note}; Measure runs it on this CPU"
-        return f"{note} of {format_flops(self._step_flops())}; no size for this CPU"
+        size = format_flops(self._step_flops())
+        return f"{note}; {size} are too much to measure on this CPU"
 
     def _measured_note(self, report: StepReport, base: StepReport) -> str:
         predicted = predict(

@@ -75,7 +75,7 @@ class LabPicture:
         top = max(report.peak_bytes for report in (before, after, *tried))
         length = max(timeline_length(r.timeline) for r in (before, after))
         pair = {"none": before, "this plan": after}
-        labels = {0: "none", len(tried) - 1: "this plan"}
+        labels = {len(tried) - 1: "this plan", 0: "none"}
         with matplotlib.rc_context(self._style):
             for part, report in ((self._before, before), (self._after, after)):
                 part.paint(

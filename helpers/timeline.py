@@ -285,6 +285,7 @@ class _Tracker(TorchDispatchMode):
         self.modules = [""]  # the stack of modules whose forward is running
         self.module_of_node: dict[int, str] = {}  # by autograd sequence number
         self.in_optimizer = False
+        self.last_phase = "forward"  # of the last operator
         self.watchers: dict[int, weakref.ref] = {}  # by address of the storage
         self.alive: dict[int, Allocation] = {}  # by address of the storage
         self.before: list[Allocation] = []
@@ -328,7 +329,7 @@ class _Tracker(TorchDispatchMode):
     def _freed(self, address: int, _: weakref.ref) -> None:
         allocation = self.alive.pop(address)
         del self.watchers[address]
-        self.log.append(("free", allocation, self._phase()))
+        self.log.append(("free", allocation, self.last_phase))
 
     def _phase(self) -> str:
         """Tell the phase from autograd's own state: recomputation turns grad on."""
@@ -352,6 +353,7 @@ class _Tracker(TorchDispatchMode):
             self.module_of_node[node] = self.modules[-1]
             if func is torch.ops.aten.ones_like.default and args[0].requires_grad:
                 phase = "backward"  # the gradient that backward() starts from
+        self.last_phase = phase
         if phase != "backward" and func is not torch.ops.aten.lift_fresh.default:
             self._notice(args, phase)
         self.flops[phase] += _flops(func, args, kwargs, out)
@@ -417,14 +419,15 @@ class _Tracker(TorchDispatchMode):
 
     def timeline(self) -> Timeline:
         """Put together what was recorded; what each storage was for shows only now."""
-        freed_in = {a: phase for kind, a, phase in self.log if kind == "free"}
+        backward_events, born_at = 0, {}
+        kept = {"forward": "activation", "recompute": "recomputed"}
         for kind, allocation, phase in self.log:
-            if kind == "alloc" and not allocation.category:
-                kept = freed_in.get(allocation) != phase
-                if phase == "forward":
-                    allocation.category = "activation" if kept else "temporary"
-                elif phase == "recompute":
-                    allocation.category = "recomputed" if kept else "temporary"
-                else:
-                    allocation.category = "temporary"
+            backward_events += phase == "backward"
+            if kind == "alloc":
+                born_at[allocation] = backward_events
+                allocation.category = allocation.category or kept.get(
+                    phase, "temporary"
+                )
+            elif born_at.get(allocation) == backward_events and phase in kept:
+                allocation.category = "temporary"  # no backward has seen it
         return Timeline(self.before, self.log, self.flops)
