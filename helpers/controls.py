@@ -23,6 +23,7 @@ from helpers.models import ACTIVATIONS, uniform_mlp
 from helpers.picture import HEIGHT, WIDTH, LabPicture
 from helpers.plots import COLORS
 from helpers.report import StepReport
+from helpers.step import memory_bytes, too_large
 from helpers.units import format_bytes, format_change, format_flops, format_ms
 
 AUTO_FLOPS = 4 * 10**9  # a CPU step of some 100 ms or less: measured unasked
@@ -448,6 +449,9 @@ class LayerLab(widgets.HBox):
                 f"{format_flops(CPU_FLOPS)}, or a GPU; the prediction holds without it"
             )
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        needed_bytes = self._tried[self._key()][Plan()].peak_bytes
+        if needed_bytes > memory_bytes(device):
+            raise MemoryError(too_large(device, needed_bytes))
         settings = self.settings
         if isinstance(self._factory, nn.Module):
             model = self._factory
@@ -456,7 +460,7 @@ class LayerLab(widgets.HBox):
                 model = self._factory(**settings)
         plans = [self.plan, Plan()] if self.plan.segments else [Plan()]
         self._measuring = measuring_plans(
-            model, self._input(model, "cpu"), plans, device=device, repeats=REPEATS
+            model, self._input(model, device), plans, device=device, repeats=REPEATS
         )
         self.measure_button.description = "Stop"
 

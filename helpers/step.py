@@ -5,6 +5,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -102,9 +103,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def memory_bytes(device: str) -> int:
-    """Tell how much memory the device has in all: the GPU's, or the machine's."""
+    """Tell how much memory a step can have: the GPU's, or what the machine has left."""
     if device == "cuda":
         return torch.cuda.get_device_properties("cuda").total_memory
+    with contextlib.suppress(OSError):  # there is no such file on macOS
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        (kib,) = (line.split()[1] for line in lines if "MemAvailable" in line)
+        return int(kib) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -133,6 +138,6 @@ def too_large(device: str, needed_bytes: int) -> str:
     """Say that a step does not fit."""
     return (
         f"the step needs {format_bytes(needed_bytes)} at its peak and does not fit "
-        f"into the {format_bytes(memory_bytes(device))} of this {device} device; take "
-        "a smaller batch, or checkpoint more layers"
+        f"into the {format_bytes(memory_bytes(device))} that there are on this "
+        f"{device.upper()}; take a smaller batch, or checkpoint more layers"
     )
