@@ -100,8 +100,9 @@ class LabPicture:
         return self._png()
 
     def _png(self) -> bytes:
-        pixels = np.asarray(self._canvas.buffer_rgba())
-        image = Image.fromarray(pixels).quantize(
+        size = WIDTH * SCALE, HEIGHT * SCALE
+        pixels = self._canvas.buffer_rgba()
+        image = Image.frombuffer("RGBA", size, pixels, "raw", "RGBA", 0, 1).quantize(
             64, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
         )
         out = io.BytesIO()

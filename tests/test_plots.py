@@ -1,0 +1,133 @@
+"""The pictures: what is drawn is the data, in the colours that mean it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from matplotlib import style
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from helpers.checkpointing import Plan
+from helpers.measure import predict
+from helpers.models import uniform_mlp
+from helpers.plots import (
+    COLORS,
+    STYLE,
+    extra_work,
+    memory_axis,
+    memory_unit,
+    plot_lines,
+    plot_peaks,
+    plot_timeline,
+    plot_times,
+    plot_tradeoff,
+)
+from helpers.timeline import CATEGORIES
+
+MIB = 2**20
+
+
+@pytest.fixture
+def ax():
+    with style.context(STYLE):
+        yield Figure().add_subplot()
+
+
+@pytest.fixture(scope="module")
+def reports():
+    import torch
+
+    x = torch.empty(4096, 256, device="meta")
+    plans = Plan(), Plan((("layer1", "layer2"), ("layer3", "layer4")))
+    return [predict(lambda: uniform_mlp(4, 256), x, plan) for plan in plans]
+
+
+def texts(ax) -> list[str]:
+    return [text.get_text() for text in ax.texts]
+
+
+@pytest.mark.parametrize(
+    ("top_bytes", "unit"), [(600, "B"), (9000, "KiB"), (5 * MIB, "MiB"), (2**32, "GiB")]
+)
+def test_a_memory_axis_starts_at_zero_and_carries_its_unit(ax, top_bytes, unit):
+    size = memory_axis(ax, top_bytes)
+    assert (size, unit) == memory_unit(top_bytes)
+    assert ax.get_ylabel() == unit
+    assert ax.get_ylim()[0] == 0 < top_bytes / size < ax.get_ylim()[1]
+
+
+def test_a_timeline_is_stacked_to_the_level_of_every_event(ax, reports):
+    timeline = reports[1].timeline
+    plot_timeline(ax, timeline)
+    areas = {
+        to_hex(area.get_facecolor()[0]).upper(): area.get_paths()[0].vertices[:, 1]
+        for area in ax.collections[:-1]
+    }
+    assert set(areas) <= set(COLORS.values())
+    top = max(edges.max() for edges in areas.values())
+    assert top * MIB == pytest.approx(timeline.peak_bytes)
+    recomputed = timeline.levels()["recomputed"]
+    height = np.ptp(areas[COLORS["recomputed"]])
+    assert max(recomputed) > 0 and height * MIB >= max(recomputed) * 0.99
+
+
+def test_a_timelines_peak_is_marked_with_value_and_cause(ax, reports):
+    timeline = reports[0].timeline
+    plot_timeline(ax, timeline)
+    assert any(text.startswith("peak ") for text in texts(ax))
+    assert any(text.startswith("backward: ") for text in texts(ax))
+    (dot,) = ax.lines
+    assert dot.get_markerfacecolor() == "white"  # hollow: predicted
+    assert dot.get_ydata()[0] * MIB == pytest.approx(timeline.peak_bytes)
+
+
+def test_a_timelines_strip_names_layers_and_phases(ax, reports):
+    plot_timeline(ax, reports[1].timeline)
+    assert {"forward", "backward", "recompute", "1", "2", "3", "4"} <= set(texts(ax))
+
+
+def test_bars_are_as_high_as_the_categories(ax, reports):
+    plot_peaks(ax, {"none": reports[0], "pairs": reports[1]})
+    heights = {}
+    for bar in ax.patches:
+        heights.setdefault(round(bar.get_x()), 0)
+        heights[round(bar.get_x())] += bar.get_height() * MIB
+    assert list(heights.values()) == pytest.approx([r.peak_bytes for r in reports])
+    named = {name.replace("_", " ") for name in CATEGORIES} & set(texts(ax))
+    assert {"activation", "recomputed", "parameter"} <= named
+
+
+def test_times_say_when_there_are_none_and_compare_when_there_are(ax, reports):
+    plot_times(ax, {"none": reports[0], "pairs": reports[1]})
+    assert texts(ax) == ["not yet\nmeasured"]
+    timed = {
+        name: dataclasses.replace(
+            report, step_ms=ms, step_ms_quartiles=(ms - 1, ms + 1), repeats=5
+        )
+        for name, report, ms in zip(("none", "pairs"), reports, (10, 12), strict=True)
+    }
+    ax.clear()
+    plot_times(ax, timed)
+    assert texts(ax) == ["10 ms", "12 ms\n+20 %"]
+
+
+def test_the_tradeoff_has_a_ring_for_each_prediction_and_a_dot_if_measured(ax, reports):
+    timed = [
+        dataclasses.replace(report, step_ms=ms, step_ms_quartiles=(ms, ms))
+        for report, ms in zip(reports, (10, 12), strict=True)
+    ]
+    plot_tradeoff(ax, reports, [(timed[1], timed[0])], labels={1: "pairs"})
+    points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines]
+    filled = [line.get_markerfacecolor() != "none" for line in ax.lines]
+    assert filled == [True, False, False]
+    assert points[0][0] == pytest.approx(20)
+    assert points[2][0] == pytest.approx(extra_work(reports[1])) != 0
+    assert texts(ax) == ["pairs"]
+
+
+def test_lines_are_named_at_their_ends(ax):
+    plot_lines(ax, [1, 2], {"relu": [MIB, 4 * MIB], "gelu": [2, 3]}, xlabel="pieces")
+    assert texts(ax) == ["relu", "gelu"]
+    assert ax.get_xlabel() == "pieces"
+    assert list(ax.lines[0].get_ydata()) == [1, 4]
