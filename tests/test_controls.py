@@ -12,7 +12,8 @@ from PIL import Image
 from torch import nn
 
 from helpers.checkpointing import Plan
-from helpers.controls import LayerLab, describe, finding
+from helpers.controls import LayerLab
+from helpers.findings import describe, finding
 from helpers.measure import predict
 from helpers.models import MLP, DocsMLP, uniform_mlp
 from helpers.picture import HEIGHT, SCALE, WIDTH
@@ -140,17 +141,17 @@ def test_the_picture_does_not_depend_on_what_was_drawn_before():
 
 def test_rows_show_the_bytes_that_each_layer_keeps():
     lab = small_lab()  # GELU keeps its input and its output: 2 × 256 × 64 × 4 B
-    assert "128.0 KiB" in lab._kept["layer1"].value
-    assert "64.0 KiB" in lab._kept["layer4"].value
+    assert "128.0 KiB" in lab._rows._kept["layer1"].value
+    assert "64.0 KiB" in lab._rows._kept["layer4"].value
     lab.plan = Plan((("layer1", "layer2"),))
-    assert "keeps 0 B" in lab._kept["layer1"].value
-    assert "64.0 KiB" in lab._kept["layer2"].value
+    assert "keeps 0 B" in lab._rows._kept["layer1"].value
+    assert "64.0 KiB" in lab._rows._kept["layer2"].value
 
 
 def test_settings_make_another_model_and_keep_the_ticks():
     lab = LayerLab(uniform_mlp, 64, settings={"depth": 3, "width": 32})
     lab.plan = Plan((("layer1", "layer2"), ("layer4",)))
-    lab._controls["depth"].value = 2
+    lab.controls["depth"].value = 2
     assert list(lab.boxes) == ["layer1", "layer2", "layer3"]
     assert lab.plan == Plan((("layer1", "layer2"),))
     report = predict(
@@ -171,9 +172,9 @@ def test_settings_make_another_model_and_keep_the_ticks():
 def test_a_wrong_setting_is_said_and_taken_back(control, value, reason):
     settings = {"depth": 3, "width": 32, "dropout": 0.0}
     lab = LayerLab(uniform_mlp, 64, settings=settings)
-    lab._controls[control].value = value
+    lab.controls[control].value = value
     assert reason in lab.readout.value
-    assert lab.settings == settings and lab._controls["batch"].value == 64
+    assert lab.settings == settings and lab.controls["batch"].value == 64
     lab.boxes["layer2"].value = True
     assert lab.finding.startswith("layer 2 alone") and lab.finding in lab.readout.value
 
@@ -274,10 +275,10 @@ def test_a_burst_of_clicks_from_other_threads_is_answered_once_with_the_last_sta
 def test_the_measurement_follows_by_itself_and_a_flip_ends_it():
     async def flip_while_measuring() -> LayerLab:
         lab = small_lab()
-        while not lab._measuring:
+        while lab.measure_button.description != "Stop":
             await asyncio.sleep(0.01)
         lab.boxes["layer2"].value = True
-        assert lab._measuring is None  # the flip comes first
+        assert lab.measure_button.description == "Measure"  # the flip comes first
         for _ in range(2000):
             await asyncio.sleep(0.01)
             if "measured on" in lab.readout.value:
