@@ -47,7 +47,7 @@ class Plan:
         names = list(names)
         _check(model, cls.alone(names))
         segments: list[tuple[str, ...]] = []
-        for name in sorted(names, key=list(dict(model.named_modules())).index):
+        for name in sorted(names, key=_all_names(model).index):
             if segments and follows(model, segments[-1][-1], name):
                 segments[-1] += (name,)
             else:
@@ -67,10 +67,18 @@ class Plan:
     def code(self, model: nn.Module) -> str:
         """Write the snippet that applies this plan to ``model`` with torch alone."""
         _check(model, self)
-        lines = ["from torch.utils.checkpoint import checkpoint", ""]
+        if not self.segments:
+            return "# nothing is checkpointed"
         alone = [segment[0] for segment in self.segments if len(segment) == 1]
+        chains = _runs_by_parent(self)
+        lines = ["from functools import partial"] * bool(alone)
+        lines += ["from types import MethodType"] * bool(chains)
+        if any(type(model.get_submodule(name)) is not nn.Sequential for name in chains):
+            lines += ["", "from torch import nn"]
+        else:
+            lines += [""]
+        lines += ["from torch.utils.checkpoint import checkpoint", ""]
         if alone:
-            lines[0:0] = ["from functools import partial", ""]
             lines += [
                 f"for name in {alone!r}:",
                 "    layer = model.get_submodule(name)",
@@ -78,9 +86,9 @@ class Plan:
                 "        checkpoint, layer.forward, use_reentrant=False",
                 "    )",
             ]
-        for parent, runs in _runs_by_parent(self).items():
-            lines += [""] * bool(alone) + _parent_code(model, parent, runs)
-        return "\n".join(lines if self.segments else ["# nothing is checkpointed"])
+        for parent, runs in chains.items():
+            lines += _parent_code(model, parent, runs)
+        return "\n".join(lines)
 
 
 @contextlib.contextmanager
@@ -142,7 +150,7 @@ def follows(model: nn.Module, before: str, after: str) -> bool:
     parent = _parent_of(before)
     if parent != _parent_of(after) or not _is_chain(model.get_submodule(parent)):
         return False
-    siblings = [name for name, _ in model.get_submodule(parent).named_children()]
+    siblings = list(model.get_submodule(parent)._modules)
     place = siblings.index(before.rpartition(".")[2]) + 1
     return siblings[place : place + 1] == [after.rpartition(".")[2]]
 
@@ -151,7 +159,7 @@ def _run_in_pieces(
     sequential: nn.Sequential, runs: dict[str, tuple[str, ...]], call: Callable, x
 ):
     """Run a Sequential's children in order, each segment by one ``call``."""
-    children = dict(sequential.named_children())
+    children = sequential._modules  # named_children skips a module that comes twice
     inside: set[str] = set()
     for name, child in children.items():
         if name in runs:
@@ -201,6 +209,11 @@ def _runs_by_parent(plan: Plan) -> dict[str, dict[str, tuple[str, ...]]]:
     return runs
 
 
+def _all_names(model: nn.Module) -> list[str]:
+    """Name every module, one that comes twice by both its names."""
+    return [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+
+
 def _is_chain(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and (
         type(module).forward is nn.Sequential.forward
@@ -209,11 +222,12 @@ def _is_chain(module: nn.Module) -> bool:
 
 def _check(model: nn.Module, plan: Plan) -> None:
     """Raise ValueError, with the names that exist, unless ``plan`` fits ``model``."""
-    known = [name for name, _ in model.named_modules() if name]
+    known = _all_names(model)
     layers = ", ".join(layer_names(model) or known) or "none"
     for name in plan.names:
         if name not in known:
             raise ValueError(f"no layer named {name!r}; this model has: {layers}")
+        _check_is_called(name, model.get_submodule(name))
     for name in plan.names:
         if plan.names.count(name) > 1:
             raise ValueError(
@@ -233,24 +247,46 @@ def _check(model: nn.Module, plan: Plan) -> None:
                     "they cannot share a segment; a segment is a run of neighbours "
                     f"among: {layers}"
                 )
+        parent = _parent_of(segment[0])
+        if len(segment) > 1 and "forward" in vars(model.get_submodule(parent)):
+            raise ValueError(
+                f"the forward of {parent or 'the model'!r} has been replaced already, "
+                f"so {'+'.join(segment)} cannot be made one segment of it; among "
+                f"{layers}, name single layers or undo the other plan first"
+            )
+
+
+def _check_is_called(name: str, module: nn.Module) -> None:
+    """Raise ValueError for a ModuleList and its like: nothing would happen."""
+    if type(module).forward is nn.Module.forward and "forward" not in vars(module):
+        inside = ", ".join(f"{name}.{child}" for child in module._modules) or "none"
+        raise ValueError(
+            f"{name!r} is a {type(module).__name__}, which has no forward of its own to "
+            f"checkpoint; name the layers in it: {inside}"
+        )
 
 
 def _parent_code(
     model: nn.Module, parent: str, runs: dict[str, tuple[str, ...]]
 ) -> list[str]:
     """Write a Sequential's forward with its segments spelled out as slices."""
-    names = [name for name, _ in model.get_submodule(parent).named_children()]
-    chain = f"model.get_submodule({parent!r})" if parent else "model"
-    lines = [f"layers = {chain}", "", "", "def forward(x, layers=layers):"]
+    sequential = model.get_submodule(parent)
+    names = list(sequential._modules)
+    # A slice of a subclass would be made by that subclass's own __init__.
+    plain = type(sequential) is nn.Sequential
+    lines = ["", "def forward(self, x):"]
     place = 0
     while place < len(names):
         run = runs.get(names[place])
         starts = [i for i in range(place, len(names)) if names[i] in runs]
         end = place + len(run) if run else min(starts, default=len(names))
-        piece = f"layers[{place}:{end}]"
+        piece = f"[{place}:{end}]"
+        piece = f"self{piece}" if plain else f"nn.Sequential(*list(self){piece})"
         if run:
             lines.append(f"    x = checkpoint({piece}, x, use_reentrant=False)")
         else:
             lines.append(f"    x = {piece}(x)")
         place = end
-    return lines + ["    return x", "", "", "layers.forward = forward"]
+    chain = f"model.get_submodule({parent!r})" if parent else "model"
+    lines += ["    return x", "", "", f"chain = {chain}"]
+    return lines + ["chain.forward = MethodType(forward, chain)"]

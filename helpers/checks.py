@@ -134,12 +134,13 @@ def _check(
 
 def _byte_slip(answer: float, expected_bytes: int) -> str:
     """Recognise the usual slips in counting bytes; nothing if it is none of them."""
-    if 4 * answer == expected_bytes:
+    if math.isclose(4 * answer, expected_bytes, rel_tol=1e-3):
         return "a float32 number takes 4 bytes"
     for name, size in _UNITS.items():
         if round(expected_bytes / size, 1) == round(answer, 1) > 0:
             return f"that is {name}; give bytes"
-    if expected_bytes % BLOCK_BYTES == 0 and answer % BLOCK_BYTES:
+    close = math.isclose(answer, expected_bytes, rel_tol=1e-2)
+    if close and expected_bytes % BLOCK_BYTES == 0 and answer % BLOCK_BYTES:
         return f"each tensor is rounded up to whole blocks of {BLOCK_BYTES} B"
     return ""
 

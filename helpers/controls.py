@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from helpers.checkpointing import Plan, checkpointed
+from helpers.devices import memory_bytes, too_large
 from helpers.dry_run import meta_batch, meta_model
 from helpers.findings import finding
 from helpers.idle import IdleWork
@@ -24,7 +25,6 @@ from helpers.models import ACTIVATIONS, uniform_mlp
 from helpers.picture import HEIGHT, WIDTH, LabPicture
 from helpers.report import StepReport
 from helpers.rows import LayerRows, wide
-from helpers.step import memory_bytes, too_large
 from helpers.units import format_bytes, format_change, format_flops, format_ms
 
 AUTO_FLOPS = 4 * 10**9  # a CPU step of some 100 ms or less: measured unasked

@@ -7,9 +7,7 @@ and lifetimes but no data, and gives the same bytes.
 """
 
 import contextlib
-import copy
 import dataclasses
-import gc
 import statistics
 from collections.abc import Callable, Generator, Iterator, Sequence
 
@@ -17,6 +15,15 @@ import torch
 from torch import nn
 
 from helpers.checkpointing import Plan, checkpointed
+from helpers.devices import (
+    allocator_bytes,
+    explained_oom,
+    left_as_found,
+    memory_bytes,
+    placed,
+    too_large,
+    usable_device,
+)
 from helpers.dry_run import (
     RememberedShapes,
     kernels_of,
@@ -25,16 +32,8 @@ from helpers.dry_run import (
     meta_model,
 )
 from helpers.report import StepReport
-from helpers.step import (
-    Loss,
-    explained_oom,
-    memory_bytes,
-    time_step_ms,
-    too_large,
-    training_step,
-)
-from helpers.timeline import Timeline, record_timeline, tensors_in
-from helpers.units import round_to_block
+from helpers.step import Loss, time_step_ms, training_step
+from helpers.timeline import Timeline, record_timeline
 
 __all__ = ["StepReport", "measure", "measure_plans", "predict"]
 
@@ -186,7 +185,7 @@ def measuring_plans(
     Whoever calls can do other things between steps, or ``close`` the measurement: the
     model is put back then too. The reports are the generator's return value.
     """
-    device = _usable_device(model, device)
+    device = usable_device(model, device)
     settings = {"loss": loss, "optimizer": optimizer} | checkpoint_options
     needed_bytes = max(
         predict(model, batch, plan, device=device, **settings).peak_bytes
@@ -195,8 +194,8 @@ def measuring_plans(
     if needed_bytes > memory_bytes(device):
         raise torch.OutOfMemoryError(too_large(device, needed_bytes))
     with explained_oom(device, needed_bytes):
-        model, batch = _placed(model, batch, device)
-        with _left_as_found(model, trains=optimizer is not None):
+        model, batch = placed(model, batch, device)
+        with left_as_found(model, trains=optimizer is not None):
             made = optimizer(model.parameters()) if optimizer else None
             step = training_step(model, batch, loss, made)
 
@@ -217,10 +216,11 @@ def measuring_plans(
                     timeline = record_timeline(step, model, batch=batch, optimizer=made)
                 report = report_of(timeline, plan, device, "measured")
                 if device == "cuda":
-                    own = [*model.parameters(), *model.buffers(), *tensors_in(batch)]
                     yield
                     with applied(plan):
-                        report = _from_allocator(report, step, own, made)
+                        state = list(made.state.values()) if made else []
+                        counted = allocator_bytes(step, model, batch, state)
+                    report = dataclasses.replace(report, **counted)
                 reports.append(report)
             samples: list[list[float]] = [[] for _ in plans]
             for _ in range(repeats):
@@ -264,89 +264,3 @@ def _summary(times_ms: list[float]) -> dict:
         "step_ms_quartiles": quartiles,
         "repeats": len(times_ms),
     }
-
-
-def _usable_device(model: nn.Module, device: str | None) -> str:
-    """Resolve the device to run on, or say what is missing."""
-    if device is None:
-        first = next(model.parameters(), torch.empty(0))
-        device = first.device
-    device = torch.device(device).type
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "CUDA was asked for, but this PyTorch sees no CUDA device; measure on "
-            "device='cpu', or predict(..., device='cuda') the bytes of a CUDA step"
-        )
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"measure runs on 'cpu' or 'cuda', not on {device!r}")
-    return device
-
-
-def _placed(model: nn.Module, batch: object, device: str) -> tuple[nn.Module, object]:
-    """Move the batch, and a copy of the model if it lives elsewhere, to the device."""
-    if isinstance(batch, tuple | list):
-        batch = type(batch)(tensor.to(device) for tensor in batch)
-    else:
-        batch = batch.to(device)
-    if all(parameter.device.type == device for parameter in model.parameters()):
-        return model, batch
-    return copy.deepcopy(model).to(device), batch
-
-
-@contextlib.contextmanager
-def _left_as_found(model: nn.Module, trains: bool) -> Iterator[None]:
-    """Put back what training steps change: parameters, buffers, gradients.
-
-    The copies lie in host memory, where they do not count on a GPU.
-    """
-    changing = [*model.buffers(), *(model.parameters() if trains else ())]
-    saved = [tensor.detach().to("cpu", copy=True) for tensor in changing]
-    gradients = [parameter.grad for parameter in model.parameters()]
-    for parameter in model.parameters():
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip(changing, saved, strict=True):
-                tensor.copy_(value)
-        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-            parameter.grad = gradient
-
-
-def _from_allocator(
-    report: StepReport,
-    step: Callable,
-    own: list[torch.Tensor],
-    optimizer: torch.optim.Optimizer | None,
-) -> StepReport:
-    """Replace the tracked bytes by what CUDA's allocator counts in an unwatched step.
-
-    What other tenants of the process hold, the cuBLAS workspace among them, is what is
-    allocated before the step less the tensors that belong to it.
-    """
-    torch._C._cuda_clearCublasWorkspaces()
-    gc.collect()
-    torch.cuda.synchronize()
-    without_workspace = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    start_bytes = torch.cuda.memory_allocated()
-    state = optimizer.state.values() if optimizer else ()
-    gradients = [tensor.grad for tensor in own if tensor.grad is not None]
-    storages = {
-        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
-        for tensor in tensors_in([own, gradients, list(state)])
-        if tensor.is_cuda
-    }
-    others = start_bytes - sum(map(round_to_block, storages.values()))
-    torch.cuda.reset_peak_memory_stats()
-    levels: list[int] = []
-    step(lambda: levels.append(torch.cuda.memory_allocated() - others))
-    torch.cuda.synchronize()
-    return dataclasses.replace(
-        report,
-        peak_bytes=torch.cuda.max_memory_allocated() - others,
-        after_forward_bytes=levels[0],
-        workspace_bytes=start_bytes - without_workspace,
-    )

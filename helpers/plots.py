@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from helpers.report import StepReport
-from helpers.timeline import CATEGORIES, Timeline
+from helpers.timeline import Timeline
+from helpers.tracker import CATEGORIES
 from helpers.units import format_bytes, format_change, format_ms
 
 STYLE = Path(__file__).with_name("workbook.mplstyle")
@@ -341,10 +342,15 @@ def plot_lines(
     *,
     xlabel: str,
     measured: bool = False,
+    colors: Sequence[str] = LINES,
 ) -> None:
-    """Draw bytes against anything, a line for each series, named at its end."""
+    """Draw bytes against anything, a line for each series, named at its end.
+
+    Args:
+        colors: one for each series; give them where a hue has its meaning.
+    """
     size = memory_axis(ax, max(max(values) for values in series.values()))
-    for (name, values), color in zip(series.items(), LINES, strict=False):
+    for (name, values), color in zip(series.items(), colors, strict=False):
         y = np.asarray(values) / size
         ax.plot(x, y, "o-", ms=4.5, color=color, mfc=color if measured else "white")
         ax.annotate(

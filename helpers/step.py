@@ -1,16 +1,12 @@
-"""One training step, as every number in this workbook means it, and what can fail."""
+"""One training step, as every number in this workbook means it."""
 
-import contextlib
-import gc
-import os
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from helpers.units import format_bytes
+from helpers.devices import is_out_of_memory
 
 Loss = Callable[..., torch.Tensor]
 
@@ -93,51 +89,3 @@ def _misfit(error: Exception, model: nn.Module, x: object, targets: tuple) -> st
     )
     reason = str(error).strip().splitlines()[0].rstrip(".")
     return f"a batch of shape {shapes} does not fit this model at {where}: {reason}"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an allocator, CUDA's or the CPU's, refused."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
-
-
-def memory_bytes(device: str) -> int:
-    """Tell how much memory a step can have: the GPU's, or what the machine has left."""
-    if device == "cuda":
-        return torch.cuda.get_device_properties("cuda").total_memory
-    with contextlib.suppress(OSError):  # there is no such file on macOS
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        (kib,) = (line.split()[1] for line in lines if "MemAvailable" in line)
-        return int(kib) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-@contextlib.contextmanager
-def explained_oom(device: str, needed_bytes: int) -> Iterator[None]:
-    """Turn an allocator's refusal inside the block into one clear sentence.
-
-    The failed step's tensors hang on the traceback, so a new exception is raised
-    outside the ``except`` clause, when they are gone.
-    """
-    failed = False
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        failed = True
-    if failed:
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-        raise torch.OutOfMemoryError(too_large(device, needed_bytes))
-
-
-def too_large(device: str, needed_bytes: int) -> str:
-    """Say that a step does not fit."""
-    return (
-        f"the step needs {format_bytes(needed_bytes)} at its peak and does not fit "
-        f"into the {format_bytes(memory_bytes(device))} that there are on this "
-        f"{device.upper()}; take a smaller batch, or checkpoint more layers"
-    )

@@ -16,14 +16,14 @@ def format_bytes(n_bytes: int, signed: bool = False) -> str:
     sign = "−" if n_bytes < 0 else "+" if signed and n_bytes > 0 else ""
     value = abs(n_bytes)
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= size:
+        if round(value / size, 4) >= 1:  # 1,023.96 MiB is written as 1.0 GiB
             return f"{sign}{value / size:,.1f} {unit}"
     return f"{sign}{value:,} B"
 
 
 def format_ms(milliseconds: float) -> str:
     """Format a duration: 0.42 ms, 12.3 ms, 1.25 s."""
-    if milliseconds >= 1000:
+    if round(milliseconds) >= 1000:
         return f"{milliseconds / 1000:.2f} s"
     return f"{milliseconds:.3g} ms" if milliseconds < 100 else f"{milliseconds:.0f} ms"
 
@@ -31,7 +31,7 @@ def format_ms(milliseconds: float) -> str:
 def format_flops(flops: int) -> str:
     """Format floating-point operations: 640 FLOP, 1.3 MFLOP, 2.2 GFLOP."""
     for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if flops >= size:
+        if round(flops / size, 4) >= 1:
             return f"{flops / size:,.1f} {unit}FLOP"
     return f"{flops} FLOP"
 
