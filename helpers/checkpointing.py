@@ -71,15 +71,14 @@ class Plan:
             return "# nothing is checkpointed"
         alone = [segment[0] for segment in self.segments if len(segment) == 1]
         chains = _runs_by_parent(self)
+        plain = all(_is_plain(model.get_submodule(name)) for name in chains)
         lines = ["from functools import partial"] * bool(alone)
         lines += ["from types import MethodType"] * bool(chains)
-        if any(type(model.get_submodule(name)) is not nn.Sequential for name in chains):
-            lines += ["", "from torch import nn"]
-        else:
-            lines += [""]
-        lines += ["from torch.utils.checkpoint import checkpoint", ""]
+        lines += [""] + ["from torch import nn"] * (not plain)
+        lines += ["from torch.utils.checkpoint import checkpoint"]
         if alone:
             lines += [
+                "",
                 f"for name in {alone!r}:",
                 "    layer = model.get_submodule(name)",
                 "    layer.forward = partial(",
@@ -220,6 +219,11 @@ def _is_chain(module: nn.Module) -> bool:
     )
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Say whether it can be sliced; a subclass's slice is made by its own __init__."""
+    return type(module) is nn.Sequential
+
+
 def _check(model: nn.Module, plan: Plan) -> None:
     """Raise ValueError, with the names that exist, unless ``plan`` fits ``model``."""
     known = _all_names(model)
@@ -250,9 +254,9 @@ def _check(model: nn.Module, plan: Plan) -> None:
         parent = _parent_of(segment[0])
         if len(segment) > 1 and "forward" in vars(model.get_submodule(parent)):
             raise ValueError(
-                f"the forward of {parent or 'the model'!r} has been replaced already, "
-                f"so {'+'.join(segment)} cannot be made one segment of it; among "
-                f"{layers}, name single layers or undo the other plan first"
+                f"the forward of {repr(parent) if parent else 'the model'} has been "
+                f"replaced already, so {' and '.join(segment)} cannot share a segment; "
+                f"undo the other plan first, or name single layers among: {layers}"
             )
 
 
@@ -261,8 +265,8 @@ def _check_is_called(name: str, module: nn.Module) -> None:
     if type(module).forward is nn.Module.forward and "forward" not in vars(module):
         inside = ", ".join(f"{name}.{child}" for child in module._modules) or "none"
         raise ValueError(
-            f"{name!r} is a {type(module).__name__}, which has no forward of its own to "
-            f"checkpoint; name the layers in it: {inside}"
+            f"{name!r} is a {type(module).__name__}, which has no forward of its own "
+            f"to checkpoint; name the layers in it: {inside}"
         )
 
 
@@ -272,21 +276,26 @@ def _parent_code(
     """Write a Sequential's forward with its segments spelled out as slices."""
     sequential = model.get_submodule(parent)
     names = list(sequential._modules)
-    # A slice of a subclass would be made by that subclass's own __init__.
-    plain = type(sequential) is nn.Sequential
-    lines = ["", "def forward(self, x):"]
+    lines = ["", "", "def forward(self, x):"]
     place = 0
     while place < len(names):
         run = runs.get(names[place])
         starts = [i for i in range(place, len(names)) if names[i] in runs]
         end = place + len(run) if run else min(starts, default=len(names))
         piece = f"[{place}:{end}]"
-        piece = f"self{piece}" if plain else f"nn.Sequential(*list(self){piece})"
+        if _is_plain(sequential):
+            piece = f"self{piece}"
+        else:
+            piece = f"nn.Sequential(*list(self){piece})"
         if run:
             lines.append(f"    x = checkpoint({piece}, x, use_reentrant=False)")
         else:
             lines.append(f"    x = {piece}(x)")
         place = end
-    chain = f"model.get_submodule({parent!r})" if parent else "model"
-    lines += ["    return x", "", "", f"chain = {chain}"]
-    return lines + ["chain.forward = MethodType(forward, chain)"]
+    lines += ["    return x", "", ""]
+    if not parent:
+        return lines + ["model.forward = MethodType(forward, model)"]
+    return lines + [
+        f"chain = model.get_submodule({parent!r})",
+        "chain.forward = MethodType(forward, chain)",
+    ]

@@ -60,12 +60,13 @@ class LayerLab(widgets.HBox):
         self.finding = ""
         self._tried: dict[tuple, dict[Plan, StepReport]] = {}
         self._measured: dict[tuple, dict[Plan, tuple[StepReport, StepReport]]] = {}
+        # What is shown; clicks come on other threads, so the controls may be ahead.
         self._good: dict[str, object] = {}  # the controls' last usable values
+        self._shown = Plan()
         self._pending: Callable | None = None
         self._work = IdleWork(self._guarded)
         self._drawer, self._png = LabPicture(), b""
         self._rows = LayerRows(lambda: self._later(self._show))
-        self.boxes, self.joins = self._rows.boxes, self._rows.joins
         self.controls = self._make_controls(settings or {})
         self.shortcuts, shortcut_rows = self._make_shortcuts()
         self.measure_button = widgets.Button(
@@ -88,6 +89,14 @@ class LayerLab(widgets.HBox):
     # What the reader sets, and gets ---------------------------------------------------
 
     @property
+    def boxes(self) -> dict[str, widgets.Checkbox]:
+        return self._rows.boxes
+
+    @property
+    def joins(self) -> dict[str, widgets.ToggleButton]:
+        return self._rows.joins
+
+    @property
     def plan(self) -> Plan:
         """The plan that the boxes and joins show; may be set."""
         return self._rows.plan
@@ -101,9 +110,7 @@ class LayerLab(widgets.HBox):
     @property
     def settings(self) -> dict[str, object]:
         """What the reader has chosen for the model, by name."""
-        values = {name: control.value for name, control in self.controls.items()}
-        values.pop("batch", None)
-        return values
+        return {name: value for name, value in self._good.items() if name != "batch"}
 
     @property
     def history(self) -> list[StepReport]:
@@ -115,8 +122,10 @@ class LayerLab(widgets.HBox):
 
     def measure(self) -> StepReport:
         """Measure the present plan and no checkpointing now, and show the result."""
+        if self.plan != self._shown:
+            self._show()
         self._work.run(self._measurement())
-        return self._measured[self._key()][self.plan][0]
+        return self._measured[self._key()][self._shown][0]
 
     def _repr_mimebundle_(self, **kwargs) -> dict:
         """Show the panel; where there are no widgets, its picture or its sentence."""
@@ -150,6 +159,7 @@ class LayerLab(widgets.HBox):
         self.piece = widgets.BoundedIntText(
             2, min=1, max=999, layout=wide(52, margin="1px")
         )
+        self.piece.tooltip = "layers in a piece"  # its name for a screen reader
         plans = {
             "none": Plan,
             "each alone": lambda: Plan.alone(self.boxes),
@@ -162,53 +172,57 @@ class LayerLab(widgets.HBox):
             button.layout = wide(
                 60 if text == "none" else 76, margin="1px", padding="0"
             )
-            button.on_click(
-                lambda _, plan=plan: self._later(lambda: setattr(self, "plan", plan()))
-            )
+            button.on_click(lambda _, plan=plan: self._apply(plan()))
             buttons[text] = button
         *first, pieces = buttons.values()
         rows = [widgets.HBox(first), widgets.HBox([pieces, self.piece])]
         return buttons, widgets.VBox(rows, layout=widgets.Layout(margin="4px 0"))
 
+    def _apply(self, plan: Plan) -> None:
+        """Set boxes and joins now, before the next click; answer when it is time."""
+        self._rows.plan = plan
+        self._later(self._show)
+
     def _rebuild(self) -> None:
         """Take over the present settings; if no model can have them, go back."""
         self._work.stop()
+        wanted = {name: control.value for name, control in self.controls.items()}
         try:
-            self._make_model()
+            self._make_model(wanted)
         except Exception:
             for name, value in self._good.items():
                 self.controls[name].value = value
             raise
-        self._good = {name: control.value for name, control in self.controls.items()}
+        self._good = wanted
         self._show()
 
-    def _make_model(self) -> None:
-        for name, control in self.controls.items():
-            if isinstance(control.value, int) and not 1 <= control.value < 2**31:
+    def _make_model(self, wanted: dict[str, object]) -> None:
+        for name, value in wanted.items():
+            if isinstance(value, int) and not 1 <= value < 2**31:
                 raise ValueError(
-                    f"{name} must be a whole number from 1 up, not {control.value:,}"
+                    f"{name} must be a whole number from 1 up, not {value:,}"
                 )
-        settings = self.settings
+        settings = dict(wanted)
+        rows = settings.pop("batch", None)
         if isinstance(self._factory, nn.Module):
             model = meta_model(self._factory)
         else:
             model = meta_model(lambda: self._factory(**settings))
-        batch = self._input(model, "meta")
+        batch = self._input(model, rows, "meta")
         self._rows.rebuild(model)
         self._model, self._meta_batch = model, batch
 
-    def _input(self, model: nn.Module, device: str) -> object:
+    def _input(self, model: nn.Module, rows: int | None, device: str) -> object:
         """Make the batch on a device: random rows, or what was given."""
         if not isinstance(self._batch, int):
             return meta_batch(self._batch) if device == "meta" else self._batch
         linear = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
         if linear is None:
             raise ValueError("give a tensor as batch: this model has no Linear layer")
-        rows = self.controls["batch"].value
         return torch.randn(rows, linear.in_features, device=device)
 
     def _key(self) -> tuple:
-        return tuple((name, control.value) for name, control in self.controls.items())
+        return tuple(self._good.items())
 
     # A flip ---------------------------------------------------------------------------
 
@@ -234,7 +248,8 @@ class LayerLab(widgets.HBox):
             work()
         except Exception as error:
             self._work.stop()
-            self._say(str(error).splitlines()[0], wrong=True)
+            first_line, *_ = str(error).splitlines() or [type(error).__name__]
+            self._say(first_line, wrong=True)
         except KeyboardInterrupt:
             self._work.stop()
             self._say("stopped; flip a box to go on", wrong=True)
@@ -242,7 +257,8 @@ class LayerLab(widgets.HBox):
     def _show(self) -> None:
         """Predict the present plan, draw it, and let the measurement follow."""
         self._work.stop()
-        plan, tried = self.plan, self._tried.setdefault(self._key(), {})
+        plan = self._shown = self.plan
+        tried = self._tried.setdefault(self._key(), {})
         for wanted in (Plan(), plan):
             if wanted not in tried:
                 tried[wanted] = predict(
@@ -254,7 +270,7 @@ class LayerLab(widgets.HBox):
             self._work.start(self._measurement(), delay_s=0.4)
 
     def _draw(self) -> None:
-        plan, key = self.plan, self._key()
+        plan, key = self._shown, self._key()
         tried, measured = self._tried[key], self._measured.get(key, {})
         before, after = tried[Plan()], tried[plan]
         self.finding, note = finding(before, after), self._predicted_note()
@@ -262,7 +278,8 @@ class LayerLab(widgets.HBox):
             report, base = measured[plan]
             before, after = _confirmed(before, base), _confirmed(after, report)
             note = self._measured_note(report, base)
-        self._rows.show_kept(after.timeline.kept_bytes(), before.timeline.kept_bytes())
+        kept = [report.timeline.kept_bytes() for report in (after, before)]
+        self._rows.show_kept(plan, *kept)
         others = [
             report for other, report in tried.items() if other not in (plan, Plan())
         ]
@@ -297,7 +314,7 @@ class LayerLab(widgets.HBox):
     # The measurement ------------------------------------------------------------------
 
     def _step_flops(self) -> int:
-        report = self._tried[self._key()][self.plan]
+        report = self._tried[self._key()][self._shown]
         return 3 * report.forward_flops + report.recompute_flops
 
     def _bearable(self, flops: int) -> bool:
@@ -313,18 +330,19 @@ class LayerLab(widgets.HBox):
     def _measurement(self) -> Generator[None, None, None]:
         """Measure the present plan beside no checkpointing, a training step a turn."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        plan, key = self.plan, self._key()
+        plan, key = self._shown, self._key()
         self._check_bearable(device)
         model = self._factory
-        if not isinstance(model, nn.Module):
-            with torch.random.fork_rng():
+        with torch.random.fork_rng():
+            if not isinstance(model, nn.Module):
                 model = self._factory(**self.settings)
+            batch = self._input(model, self._good.get("batch"), device)
         self.measure_button.description = "Stop"
         self._say(self.finding, "measuring …")
         try:
             reports = yield from measuring_plans(
                 model,
-                self._input(model, device),
+                batch,
                 [plan, Plan()] if plan.segments else [plan],
                 device=device,
                 repeats=REPEATS,

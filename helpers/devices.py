@@ -31,11 +31,18 @@ def usable_device(model: nn.Module, device: str | None) -> str:
 
 
 def placed(model: nn.Module, batch: object, device: str) -> tuple[nn.Module, object]:
-    """Move the batch, and a copy of the model if it lives elsewhere, to the device."""
+    """Move the batch, and a copy of the model if it lives elsewhere, to the device.
+
+    The batch's data is shared where it is there already; its gradient is not.
+    """
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to(device).requires_grad_(tensor.requires_grad)
+
     if isinstance(batch, tuple | list):
-        batch = type(batch)(tensor.to(device) for tensor in batch)
+        batch = type(batch)(moved(tensor) for tensor in batch)
     else:
-        batch = batch.to(device)
+        batch = moved(batch)
     if all(parameter.device.type == device for parameter in model.parameters()):
         return model, batch
     return copy.deepcopy(model).to(device), batch
@@ -80,9 +87,9 @@ def allocator_bytes(
     step()
     torch.cuda.synchronize()
     start_bytes = torch.cuda.memory_allocated()
-    parameters = list(model.parameters())
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    own = tensors_in([parameters, list(model.buffers()), gradients, batch, state])
+    lasting = list(tensors_in([*model.parameters(), *model.buffers(), batch]))
+    gradients = [tensor.grad for tensor in lasting if tensor.grad is not None]
+    own = tensors_in([lasting, gradients, state])
     storages = {
         tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
         for tensor in own
@@ -140,9 +147,12 @@ def explained_oom(device: str, needed_bytes: int) -> Iterator[None]:
 
 
 def too_large(device: str, needed_bytes: int) -> str:
-    """Say that a step does not fit."""
+    """Say that a step does not fit, and what it needs where that is known."""
+    needs = (
+        f"needs {format_bytes(needed_bytes)} at its peak and " if needed_bytes else ""
+    )
     return (
-        f"the step needs {format_bytes(needed_bytes)} at its peak and does not fit "
+        f"the step {needs}does not fit "
         f"into the {format_bytes(memory_bytes(device))} that there are on this "
         f"{device.upper()}; take a smaller batch, or checkpoint more layers"
     )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+from torch.optim import optimizer as optimizers
 
 
 def meta_model(model_or_factory: nn.Module | Callable[[], nn.Module]) -> nn.Module:
@@ -94,17 +95,29 @@ def like_cuda(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
+_fused_devices = optimizers._get_fused_kernels_supported_devices
+# Fused optimizers refuse parameters on any device that is not in this list.
+optimizers._get_fused_kernels_supported_devices = lambda: [*_fused_devices(), "meta"]
+_FUSED_STEPS = {
+    getattr(torch.ops.aten, name)
+    for name in ("_fused_adam_", "_fused_adamw_", "_fused_sgd_", "_fused_adagrad_")
+}
+
+
 class RememberedShapes:
     """Run operators on meta tensors, each combination of shapes only once.
 
     Called as ``run(func, args, kwargs)``. An operator that returns new tensors or its
-    own arguments is answered from memory the next time; views always run.
+    own arguments is answered from memory the next time; views always run. A
+    fused optimizer's step, which not every one has for meta tensors, makes nothing.
     """
 
     def __init__(self) -> None:
         self._answers: dict[tuple, object] = {}
 
     def __call__(self, func: Callable, args: tuple, kwargs: dict) -> object:
+        if func.overloadpacket in _FUSED_STEPS:
+            return None
         key = (func, _signature(args), _signature(tuple(kwargs.items())))
         try:
             answer = self._answers.get(key)

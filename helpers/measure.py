@@ -188,8 +188,7 @@ def measuring_plans(
     device = usable_device(model, device)
     settings = {"loss": loss, "optimizer": optimizer} | checkpoint_options
     needed_bytes = max(
-        predict(model, batch, plan, device=device, **settings).peak_bytes
-        for plan in plans
+        _needed_bytes(model, batch, plan, device, settings) for plan in plans
     )
     if needed_bytes > memory_bytes(device):
         raise torch.OutOfMemoryError(too_large(device, needed_bytes))
@@ -232,6 +231,18 @@ def measuring_plans(
         dataclasses.replace(report, **_summary(times))
         for report, times in zip(reports, samples, strict=True)
     ]
+
+
+def _needed_bytes(
+    model: nn.Module, batch: object, plan: Plan, device: str, settings: dict
+) -> int:
+    """Predict the peak; 0 for a step that looks at values, which meta tensors lack."""
+    try:
+        return predict(model, batch, plan, device=device, **settings).peak_bytes
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
+            return 0
+        raise
 
 
 def report_of(timeline: Timeline, plan: Plan, device: str, source: str) -> StepReport:

@@ -5,7 +5,7 @@ once, and each part of it is painted again only when what it shows has changed.
 """
 
 import io
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 
 import matplotlib
 import numpy as np
@@ -79,18 +79,17 @@ class LabPicture:
         with matplotlib.rc_context(self._style):
             for part, report in ((self._before, before), (self._after, after)):
                 part.paint(
-                    (id(report.timeline), report.source, top, length),
+                    (report.timeline, report.source, top, length),
                     plot_timeline,
                     report.timeline,
                     top_bytes=top,
                     length=length,
                     measured=report.source == "measured",
                 )
-            ids = id(before), id(after)
-            self._peaks.paint((*ids, top), plot_peaks, pair, top_bytes=top)
-            self._times.paint(ids, plot_times, pair)
+            self._peaks.paint((before, after, top), plot_peaks, pair, top_bytes=top)
+            self._times.paint((before, after), plot_times, pair)
             self._tradeoff.paint(
-                (tuple(map(id, tried)), len(measured), top),
+                (tuple(tried), tuple(measured), top),
                 plot_tradeoff,
                 tried,
                 measured,
@@ -123,7 +122,7 @@ class _Part:
             slice(round(x * columns), round((x + width) * columns)),
         )
 
-    def paint(self, what: Hashable, plot: Callable, *args, **kwargs) -> None:
+    def paint(self, what: object, plot: Callable, *args, **kwargs) -> None:
         """Paint ``plot(ax, …)`` unless ``what`` is what this part shows already."""
         if what == self._shown:
             return

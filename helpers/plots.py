@@ -123,6 +123,7 @@ def _mark_peak(ax: Axes, timeline: Timeline, size: int, measured: bool) -> None:
             textcoords="offset points",
             ha="left" if fits_right else "right",
             annotation_clip=False,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
             **({"color": INK} | style),
         )
 
@@ -322,7 +323,7 @@ def plot_tradeoff(
     ax.set_xlim(-0.03 * right, right * 1.1)
     for place, text in (labels or {}).items():
         x, y = extra_work(predicted[place]), predicted[place].peak_bytes / size
-        near_end = x > 0.5 * ax.get_xlim()[1]
+        near_end = x > 0.8 * ax.get_xlim()[1]
         ax.annotate(
             text,
             (x, y),

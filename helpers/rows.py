@@ -67,57 +67,63 @@ class LayerRows(widgets.VBox):
         return Plan(tuple(segments))
 
     def rebuild(self, model: nn.Module) -> None:
-        """Make the rows anew if the model has other layers; ticks stay."""
+        """Make rows for a model's layers; a layer that stays keeps its row and ticks.
+
+        The reader may be clicking: a row is not taken from under the mouse, and the
+        names are exchanged at once, since clicks come on other threads.
+        """
         names = layer_names(model)
         if not names:
             raise ValueError(
                 "this model has no layers to tick: none of its children has parameters"
             )
-        if names == list(self.boxes):
-            return
-        ticked = {name for name, box in self.boxes.items() if box.value}
-        joined = {name for name, join in self.joins.items() if join.value}
-        self.boxes.clear()
-        self.joins.clear()
-        rows = []
+        old = dict(zip(self.boxes, self.children, strict=True))
+        boxes, joins, kept, rows = {}, {}, {}, []
         for before, name in zip([None, *names], names, strict=False):
-            box = widgets.Checkbox(name in ticked, description=name, indent=False)
-            box.layout = wide(76)
-            box.observe(self._flipped, "value")
-            self.boxes[name] = box
-            join: widgets.Widget = widgets.Box(layout=wide(30))
-            if before and follows(model, before, name):
-                join = self._make_join(before, name in joined)
-                self.joins[name] = join
-            kept = widgets.HTML(layout=widgets.Layout(margin="0 0 0 4px"))
-            self._kept[name] = kept
-            row = widgets.HBox([join, box, kept])
-            row.layout = widgets.Layout(align_items="center", height="28px")
+            joinable = before is not None and follows(model, before, name)
+            row = old.get(name)
+            if row is None or joinable != (name in self.joins):
+                row = self._make_row(name, joinable)
+            join, boxes[name], kept[name] = row.children
+            if joinable:
+                join.tooltip = f"one segment with {before}"
+                joins[name] = join
             rows.append(row)
-        self.children = rows
+        self.boxes, self.joins, self._kept = boxes, joins, kept
+        if names != list(old):
+            self.children = rows
 
-    def _make_join(self, before: str, joined: bool) -> widgets.ToggleButton:
-        join = widgets.ToggleButton(
-            joined, icon="link", tooltip=f"one segment with {before}"
-        )
-        join.layout = wide(30, height="22px", padding="0", margin="3px 0")
-        join.observe(self._flipped, "value")
-        return join
+    def _make_row(self, name: str, joinable: bool) -> widgets.HBox:
+        """Make a layer's row: its join, or the room for one; its box; what it keeps."""
+        join: widgets.Widget = widgets.Box(layout=wide(30))
+        if joinable:
+            join = widgets.ToggleButton(icon="link")
+            join.layout = wide(30, height="22px", padding="0", margin="3px 0")
+            join.observe(self._flipped, "value")
+        ticked = name in self.boxes and self.boxes[name].value
+        box = widgets.Checkbox(ticked, description=name, indent=False, layout=wide(76))
+        box.observe(self._flipped, "value")
+        kept = widgets.HTML(layout=widgets.Layout(margin="0 0 0 4px"))
+        layout = widgets.Layout(align_items="center", height="28px")
+        return widgets.HBox([join, box, kept], layout=layout)
 
     def _flipped(self, _: dict) -> None:
         if not self._quiet:
             self._changed()
 
-    def show_kept(self, now: dict[str, int], without: dict[str, int]) -> None:
+    def show_kept(
+        self, plan: Plan, now: dict[str, int], without: dict[str, int]
+    ) -> None:
         """Show the bytes that each layer keeps, and a bar along each segment.
 
         Args:
+            plan: what is shown; the boxes may be ahead of it.
             now, without: bytes by layer, under this plan and without checkpointing.
         """
-        continued = {name for run in self.plan.segments for name in run[1:]}
+        continued = {name for run in plan.segments for name in run[1:]}
         before_ticked = False
         for name, row in zip(self.boxes, self.children, strict=True):
-            ticked = self.boxes[name].value
+            ticked = name in plan.names
             color = COLORS["recomputed"] if ticked else "transparent"
             row.layout.border_left = f"4px solid {color}"
             row.layout.margin = "0" if name in continued else "2px 0 0 0"

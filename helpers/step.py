@@ -41,6 +41,9 @@ def training_step(
 
     def step(before_backward: Callable[[], None] | None = None) -> None:
         model.zero_grad(set_to_none=True)
+        for tensor in (x, *targets):
+            if isinstance(tensor, torch.Tensor) and tensor.is_leaf:
+                tensor.grad = None
         try:
             output = model(x)
             value = loss(output, *targets)
@@ -82,10 +85,15 @@ def _misfit(error: Exception, model: nn.Module, x: object, targets: tuple) -> st
     where, trace = "the loss", error.__traceback__
     while trace:
         name = names.get(id(trace.tb_frame.f_locals.get("self")))
-        where = f"layer {name!r}" if name else where
+        if name is not None:
+            where = f"layer {name!r}" if name else "its own forward"
         trace = trace.tb_next
     shapes = " and target ".join(
         str(tuple(getattr(tensor, "shape", ()))) for tensor in (x, *targets)
     )
     reason = str(error).strip().splitlines()[0].rstrip(".")
+    if "meta tensor" in reason:
+        return (
+            f"{where} looks at values, and a prediction has none ({reason}); measure it"
+        )
     return f"a batch of shape {shapes} does not fit this model at {where}: {reason}"

@@ -175,6 +175,8 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = self.run(func, args, kwargs)
+        if func.namespace == "profiler":  # a label, which torch's optimizers put up
+            return out
         phase = self._phase()
         if phase == "forward" or phase == "recompute":
             node = torch.autograd._get_sequence_nr() - 1
@@ -182,7 +184,7 @@ class Tracker(TorchDispatchMode):
             if func is torch.ops.aten.ones_like.default and args[0].requires_grad:
                 phase = "backward"  # the gradient that backward() starts from
         self.last_phase = phase
-        if phase != "backward" and func is not torch.ops.aten.lift_fresh.default:
+        if func is not torch.ops.aten.lift_fresh.default:
             self._notice(args, phase)
         self.flops[phase] += _flops(func, args, kwargs, out)
         for tensor in (out,) if isinstance(out, torch.Tensor) else tensors_in(out):
@@ -196,7 +198,8 @@ class Tracker(TorchDispatchMode):
 
     def _notice(self, args: tuple, phase: str) -> None:
         """Count what an operator reads and nobody made: it was there before."""
-        category = "optimizer_state" if phase == "optimizer" else "input"
+        kinds = {"optimizer": "optimizer_state", "backward": "gradient"}
+        category = kinds.get(phase, "input")
         for arg in args:
             if isinstance(arg, torch.Tensor):
                 if arg.untyped_storage()._cdata not in self.alive and arg.dim():
@@ -237,13 +240,15 @@ class Tracker(TorchDispatchMode):
             self.modules.pop()
 
     def _enter_optimizer(self, optimizer, args, kwargs) -> None:
-        self.in_optimizer = True
-        self.expect("optimizer_state", state_tensors(optimizer))
+        if threading.get_ident() == self.thread:
+            self.in_optimizer = True
+            self.expect("optimizer_state", state_tensors(optimizer))
 
     def _leave_optimizer(self, optimizer, args, kwargs) -> None:
-        self.in_optimizer = False
-        for tensor in state_tensors(optimizer):
-            self._label("optimizer_state", tensor)
+        if threading.get_ident() == self.thread:
+            self.in_optimizer = False
+            for tensor in state_tensors(optimizer):
+                self._label("optimizer_state", tensor)
 
     def categorise(self) -> None:
         """Tell what each storage was for, which shows only when the step is over."""

@@ -1,0 +1,172 @@
+"""A check prints one line: not attempted, correct or what is wrong; it never raises."""
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.checkpointing import Plan, checkpointed
+from helpers.checks import check_bytes, check_gradients, check_number, check_plan
+from helpers.models import uniform_mlp
+
+X = torch.randn(4, 1024)
+
+
+def four_layers():
+    return uniform_mlp(depth=4)
+
+
+def small():
+    return uniform_mlp(depth=2, width=8, dropout=0.5)
+
+
+@pytest.fixture
+def printed(capsys):
+    """Return what was printed, which has to be one line."""
+
+    def read():
+        (line,) = capsys.readouterr().out.splitlines()
+        return line
+
+    return read
+
+
+@pytest.mark.parametrize("nothing", [None, ...])
+@pytest.mark.parametrize(
+    "check",
+    [
+        lambda answer: check_number(answer, 5),
+        lambda answer: check_bytes(answer, 512),
+        lambda answer: check_plan(answer, four_layers, X, at_most_bytes=1),
+        lambda answer: check_gradients(answer, small, X[:, :8]),
+    ],
+)
+def test_nothing_was_tried(check, nothing, printed):
+    check(nothing)
+    assert printed() == "not attempted"
+
+
+@pytest.mark.parametrize(
+    "answer, expected, line",
+    [
+        (5, 5, "correct: 5 layers"),
+        (5.0, 5, "correct: 5 layers"),
+        (torch.ones(3).mean().item(), 1, "correct: 1 layers"),
+        (1999, 2000, "not yet: yours 1,999 layers, expected 2,000 layers"),
+        (1.9999, 2.0, "correct: 2.0 layers"),
+        (1.9, 2.0, "not yet: yours 1.9 layers, expected 2.0 layers"),
+        (float("nan"), 2, "not yet: yours nan layers, expected 2 layers"),
+        (6, 5, "not yet: yours 6 layers, expected 5 layers; the output counts too"),
+        ("5", 5, "not yet: this is a str; a number is asked for"),
+        (True, 1, "not yet: this is a bool; a number is asked for"),
+        (torch.tensor(5), 5, "not yet: this is a Tensor; a number is asked for"),
+    ],
+)
+def test_a_number(answer, expected, line, printed):
+    check_number(answer, expected, unit="layers", hints={6: "the output counts too"})
+    assert printed() == line
+
+
+@pytest.mark.parametrize(
+    "answer, ending",
+    [
+        (41_984, "correct: 41,984 B (41.0 KiB)"),
+        (10_496, "; a float32 number takes 4 bytes"),
+        (41, "; that is KiB; give bytes"),
+        (41.98, "; that is kB; give bytes"),
+        (41_960, "; each tensor is rounded up to whole blocks of 512 B"),
+        (512, "yours 512 B, expected 41,984 B (41.0 KiB)"),
+        (1024, "; the bias alone"),
+        (40, "yours 40 B, expected 41,984 B (41.0 KiB)"),
+        (float("inf"), "expected 41,984 B (41.0 KiB)"),
+        ([41_984], "this is a list; a number is asked for"),
+    ],
+)
+def test_bytes(answer, ending, printed):
+    check_bytes(answer, 41_984, hints={1024: "the bias alone"})
+    assert printed().endswith(ending)
+
+
+@pytest.mark.parametrize(
+    "plan, limits, line",
+    [
+        (
+            Plan.alone(["layer1"]),
+            {"at_most_bytes": 2**30},
+            "correct: peak 32.1 MiB, target at most 1.0 GiB",
+        ),
+        (
+            Plan(),
+            {"at_most_bytes": 2**20, "at_most_recompute_flops": 0},
+            "not yet: peak 32.1 MiB, target at most 1.0 MiB, 31.1 MiB too much; "
+            "recompute 0 FLOP, target at most 0 FLOP",
+        ),
+        (
+            Plan((("layer1", "layer2"),)),
+            {"at_most_bytes": 2**30, "at_most_recompute_flops": 0},
+            "not yet: peak 32.1 MiB, target at most 1.0 GiB; "
+            "recompute 16.8 MFLOP, target at most 0 FLOP, 16.8 MFLOP too much",
+        ),
+        (
+            Plan.alone(["layer9"]),
+            {"at_most_bytes": 2**30},
+            "not yet: no layer named 'layer9'; this model has: "
+            "layer1, layer2, layer3, layer4, layer5",
+        ),
+        (
+            ["layer1"],
+            {"at_most_bytes": 2**30},
+            "not yet: this is a list; a Plan is asked for, such as "
+            'Plan.alone(["layer1"]) or Plan((("layer1", "layer2"),))',
+        ),
+    ],
+)
+def test_a_plan(plan, limits, line, printed):
+    check_plan(plan, four_layers, X, **limits)
+    assert printed() == line
+
+
+def with_checkpoint(model, x):
+    with checkpointed(model, Plan.alone(["layer1", "layer2"])):
+        model(x).sum().backward()
+
+
+def twice(model, x):
+    with_checkpoint(model, x)
+    with_checkpoint(model, x)
+
+
+def detached(model, x):
+    model.layer3(model.layer2(model.layer1(x)).detach()).sum().backward()
+
+
+SAME = "correct: all gradients equal the plain model's, bit for bit"
+NONE = "not yet: no parameter has a gradient; did backward() run?"
+
+
+@pytest.mark.parametrize(
+    "function, line",
+    [
+        (with_checkpoint, SAME),
+        (lambda model, x: ..., "not attempted"),
+        (lambda model, x: model(x), NONE),
+        (lambda model, x: model(x).backward(), "not yet: RuntimeError: grad can be"),
+        (lambda model: None, "not yet: TypeError: "),
+        (twice, "not yet: the gradient of layer1.0.weight differs"),
+        (detached, "not yet: layer1.0.weight has no gradient, and in the plain"),
+    ],
+)
+def test_gradients(function, line, printed):
+    model = small()
+    before = torch.random.get_rng_state()
+    check_gradients(function, model, X[:, :8])
+    assert printed().startswith(line)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_gradients_of_a_batch_with_a_target(printed):
+    def train(model, x, target):
+        nn.functional.cross_entropy(model(x), target).backward()
+
+    check_gradients(train, small, (X[:, :8], torch.tensor([0, 1, 2, 3])))
+    assert printed() == SAME
