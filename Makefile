@@ -42,7 +42,7 @@ execute: $(INSTALLED)
 
 # nbconvert keeps links between notebooks as they are; the pages are .html here.
 html: $(INSTALLED)
-	$(BIN)/jupyter nbconvert --to html --embed-images --output-dir html $(NOTEBOOKS)
+	$(BIN)/jupyter nbconvert --to html --output-dir html $(NOTEBOOKS)
 	sed -i.bak 's/\(href="[^":]*\)\.ipynb/\1.html/g' html/*.html
 	rm -f html/*.bak
 

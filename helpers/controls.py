@@ -22,7 +22,7 @@ from helpers.findings import finding
 from helpers.idle import IdleWork
 from helpers.measure import measuring_plans, predict
 from helpers.models import ACTIVATIONS, uniform_mlp
-from helpers.picture import HEIGHT, WIDTH, LabPicture
+from helpers.picture import HEIGHT, WIDTH, LabPicture, smaller
 from helpers.report import StepReport
 from helpers.rows import LayerRows, wide
 from helpers.units import format_bytes, format_change, format_flops, format_ms
@@ -47,6 +47,7 @@ class LayerLab(widgets.HBox):
         joins: a toggle for each layer that can share a segment with the one before;
             it counts when both are ticked.
         picture, readout: the picture, and one sentence with the finding.
+        finding: that sentence as text, from the prediction.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class LayerLab(widgets.HBox):
         bundle = super()._repr_mimebundle_(**kwargs)
         bundle["text/plain"] = self.finding
         if self._png:
-            bundle["image/png"] = base64.b64encode(self._png).decode()
+            bundle["image/png"] = base64.b64encode(smaller(self._png)).decode()
         return bundle
 
     # How it is built ------------------------------------------------------------------

@@ -109,6 +109,13 @@ class LabPicture:
         return out.getvalue()
 
 
+def smaller(png: bytes) -> bytes:
+    """Compress a picture well, which takes too long at a flip, to keep it in a file."""
+    out = io.BytesIO()
+    Image.open(io.BytesIO(png)).save(out, "png", optimize=True)
+    return out.getvalue()
+
+
 class _Part:
     """One axes and its region of the canvas, painted when what it shows changes."""
 

@@ -27,6 +27,7 @@ COLORS = {
     "recomputed": "#0072B2",
     "temporary": "#56B4E9",
 }
+LABEL_COLORS = {"input": "#8F8500", "optimizer_state": "#999999"}  # to be read on white
 PHASE_COLORS = {
     "forward": "#F8E8DC",
     "backward": "#E4E4E4",
@@ -34,7 +35,7 @@ PHASE_COLORS = {
     "optimizer": "#F4F4F4",
 }
 INK, QUIET = "#222222", "#707070"
-LINES = ("#D55E00", "#0072B2", "#404040", "#56B4E9")
+LINES = ("#222222", "#009E73", "#CC79A7", "#A6761D")  # hues that mean nothing else
 
 
 def memory_unit(top_bytes: int) -> tuple[int, str]:
@@ -236,7 +237,7 @@ def _label_categories(ax: Axes, reports: Sequence[StepReport], size: int) -> Non
                 annotation_clip=False,
                 size=8,
                 weight="bold",
-                color="#8F8500" if category == "input" else COLORS[category],
+                color=LABEL_COLORS.get(category, COLORS[category]),
             )
             floor += gap
         bottom += height
@@ -260,8 +261,9 @@ def plot_times(ax: Axes, reports: Mapping[str, StepReport]) -> None:
     _label_plans(ax, reports)
     ax.set_ylim(0, top * 1.5 or 1)
     ax.set_ylabel("ms")
+    ticks = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, top * 1.4)
+    ax.set_yticks(ticks[ticks <= top * 1.5] if top else [])
     if not top:
-        ax.set_yticks([])
         ax.text(
             0.5,
             0.5,

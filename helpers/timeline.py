@@ -30,7 +30,10 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Peak:
-    """What is alive at the step's peak: bytes by category, and the largest tensors."""
+    """What is alive at the step's peak: bytes by category, and the largest tensors.
+
+    ``event`` is the largest allocation on the last way up to it.
+    """
 
     peak_bytes: int
     event: Event
@@ -122,8 +125,23 @@ class Timeline:
         for allocation in alive:
             categories[allocation.category] += allocation.bytes
         tensors = sorted(alive, key=lambda allocation: -allocation.bytes)[:largest]
-        event = self.events[max(self.peak_place, 0)]
-        return Peak(self.peak_bytes, event, categories, tuple(tensors))
+        return Peak(self.peak_bytes, self._cause(), categories, tuple(tensors))
+
+    def _cause(self) -> Event:
+        """Find the largest allocation of the layer that runs when the peak is reached.
+
+        The last one is often 512 bytes on top, and would explain nothing.
+        """
+        last = cause = self.events[max(self.peak_place, 0)]
+        for event in reversed(self.events[: max(self.peak_place, 0)]):
+            if event.phase != last.phase:
+                break
+            if event.kind == "alloc":
+                if event.allocation.module != last.allocation.module:
+                    break
+                if event.allocation.bytes > cause.allocation.bytes:
+                    cause = event
+        return cause
 
     def kept_bytes(self) -> dict[str, int]:
         """Bytes that each layer, a child of the model, leaves alive for backward."""

@@ -165,7 +165,8 @@ class Panel:
 
     def join(self, name: str) -> Locator:
         """Find the toggle that joins a layer with the one before."""
-        return self.rows().filter(has=self.box(name)).locator(".widget-toggle-button")
+        box = self.page.get_by_role("checkbox", name=name, exact=True)
+        return self.rows().filter(has=box).locator(".widget-toggle-button")
 
     def button(self, name: str) -> Locator:
         return self.root.get_by_role("button", name=name, exact=True)
@@ -195,7 +196,7 @@ class Panel:
         """Decode the picture that is shown."""
         source = self.image.get_attribute("src")
         data = base64.b64decode(re.sub("^data:image/png;base64,", "", source))
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data)).convert("RGBA")
 
     def wait_for(self, finding: str) -> None:
         """Wait until both the sentence and the picture say this."""
