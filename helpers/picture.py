@@ -12,10 +12,16 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
 from helpers.plots import (
+    COLORS,
+    INK,
+    LABEL_COLORS,
+    PHASE_COLORS,
+    QUIET,
     STYLE,
     plot_peaks,
     plot_timeline,
@@ -26,6 +32,7 @@ from helpers.plots import (
 from helpers.report import StepReport
 
 WIDTH, HEIGHT, SCALE = 880, 500, 2  # CSS pixels, and device pixels for each
+ROOM = 1.32  # length of the time axis, in steps without checkpointing
 
 
 class LabPicture:
@@ -37,6 +44,7 @@ class LabPicture:
             self._figure = Figure((WIDTH / 100, HEIGHT / 100), dpi=100 * SCALE)
             self._figure.set_layout_engine("none")
             self._canvas = FigureCanvasAgg(self._figure)
+            self._indexed = np.zeros((HEIGHT * SCALE, WIDTH * SCALE), np.uint8)
             part = self._part
             self._before = part("no checkpointing", (0, 0.5, 0.55, 0.5), left=0.06)
             self._after = part("this plan", (0, 0, 0.55, 0.5), left=0.06)
@@ -55,7 +63,7 @@ class LabPicture:
         ax = self._figure.add_axes(
             (x + left, y + low, width - left - right, height - low - 0.07), title=title
         )
-        return _Part(ax, region, self._canvas)
+        return _Part(ax, region, self._canvas, self._indexed)
 
     def draw(
         self,
@@ -73,7 +81,9 @@ class LabPicture:
             measured: of those, what was measured, beside the unchecked model.
         """
         top = max(report.peak_bytes for report in (before, after, *tried))
-        length = max(timeline_length(r.timeline) for r in (before, after))
+        # Room for most plans: a new scale would have the first timeline drawn again.
+        room = ROOM * timeline_length(before.timeline)
+        length = max(room, timeline_length(after.timeline))
         pair = {"none": before, "this plan": after}
         labels = {len(tried) - 1: "this plan", 0: "none"}
         with matplotlib.rc_context(self._style):
@@ -99,14 +109,41 @@ class LabPicture:
         return self._png()
 
     def _png(self) -> bytes:
-        size = WIDTH * SCALE, HEIGHT * SCALE
-        pixels = self._canvas.buffer_rgba()
-        image = Image.frombuffer("RGBA", size, pixels, "raw", "RGBA", 0, 1).quantize(
-            64, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
-        )
+        image = Image.fromarray(self._indexed, "P")
+        image.putpalette(PALETTE.tobytes())
         out = io.BytesIO()
         image.save(out, "png", compress_level=1)
         return out.getvalue()
+
+
+def _palette() -> np.ndarray:
+    """Make the picture's colours: every hue, and its way to white at smooth edges.
+
+    Returns:
+        (n, 3) bytes. It is fixed, so that a colour is the same after every flip.
+    """
+    hues = [*COLORS.values(), *PHASE_COLORS.values(), *LABEL_COLORS.values()]
+    rgb = 255 * np.array([to_rgb(hue) for hue in [*hues, INK, QUIET, "#A85B20"]])
+    shares = np.array([1, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1])[:, None, None]
+    return (255 - shares * (255 - rgb)).reshape(-1, 3).round().astype(np.uint8)
+
+
+def _nearest_in_palette() -> np.ndarray:
+    """Find the palette's nearest place for each colour of 5 bits a channel."""
+    place = np.arange(32**3)
+    rgb = np.stack([place & 31, place >> 5 & 31, place >> 10], axis=1) * 255 // 31
+    distances = ((rgb[:, None] - PALETTE[None].astype(int)) ** 2).sum(-1)
+    return distances.argmin(1).astype(np.uint8)
+
+
+PALETTE = np.vstack([[[255, 255, 255]], _palette()]).astype(np.uint8)
+NEAREST = _nearest_in_palette()
+
+
+def indexed(pixels: np.ndarray) -> np.ndarray:
+    """Turn (height, width, 4) bytes of RGBA into (height, width) palette places."""
+    red, green, blue = (pixels[..., i].astype(np.uint16) >> 3 for i in range(3))
+    return NEAREST.take(red | green << 5 | blue << 10)
 
 
 def smaller(png: bytes) -> bytes:
@@ -119,8 +156,10 @@ def smaller(png: bytes) -> bytes:
 class _Part:
     """One axes and its region of the canvas, painted when what it shows changes."""
 
-    def __init__(self, ax: Axes, region: tuple, canvas: FigureCanvasAgg) -> None:
-        self._ax, self._canvas = ax, canvas
+    def __init__(
+        self, ax: Axes, region: tuple, canvas: FigureCanvasAgg, whole: np.ndarray
+    ) -> None:
+        self._ax, self._canvas, self._indexed = ax, canvas, whole
         self._shown = self._frame = self._empty = None
         x, y, width, height = region
         columns, rows = (side * SCALE for side in (WIDTH, HEIGHT))
@@ -140,11 +179,12 @@ class _Part:
         pixels[:] = self._empty_axes(pixels)
         for artist in sorted(self._artists(), key=lambda artist: artist.zorder):
             artist.draw(self._canvas.get_renderer())
+        self._indexed[self._region] = indexed(pixels)
         self._shown = what
 
     def _artists(self) -> list[Artist]:
         ax = self._ax
-        return [*ax.lines, *ax.patches, *ax.collections, *ax.texts]
+        return [*ax.lines, *ax.patches, *ax.collections, *ax.texts, *ax.artists]
 
     def _empty_axes(self, pixels: np.ndarray) -> np.ndarray:
         """Draw the axes without data, but only where limits or labels have changed."""

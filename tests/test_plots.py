@@ -5,12 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 from matplotlib import style
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
+from helpers import picture
 from helpers.checkpointing import Plan
 from helpers.measure import predict
 from helpers.models import uniform_mlp
+from helpers.picture import PALETTE
 from helpers.plots import (
     COLORS,
     STYLE,
@@ -84,7 +86,9 @@ def test_a_timelines_peak_is_marked_with_value_and_cause(ax, reports):
 
 def test_a_timelines_strip_names_layers_and_phases(ax, reports):
     plot_timeline(ax, reports[1].timeline)
-    assert {"forward", "backward", "recompute", "1", "2", "3", "4"} <= set(texts(ax))
+    assert {"forward", "backward", "recompute"} <= set(texts(ax))
+    (layers,) = ax.artists
+    assert "".join(name for *_, name in layers.labels).startswith("1234")
 
 
 def test_bars_are_as_high_as_the_categories(ax, reports):
@@ -118,11 +122,15 @@ def test_the_tradeoff_has_a_ring_for_each_prediction_and_a_dot_if_measured(ax, r
         for report, ms in zip(reports, (10, 12), strict=True)
     ]
     plot_tradeoff(ax, reports, [(timed[1], timed[0])], labels={1: "pairs"})
-    points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines]
-    filled = [line.get_markerfacecolor() != "none" for line in ax.lines]
-    assert filled == [True, False, False]
-    assert points[0][0] == pytest.approx(20)
-    assert points[2][0] == pytest.approx(extra_work(reports[1])) != 0
+    rings, dots, named = (line.get_xydata().tolist() for line in ax.lines)
+    peaks = [report.peak_bytes / MIB for report in reports]
+    extra = [extra_work(report) for report in reports]
+    assert rings == [list(point) for point in zip(extra, peaks, strict=True)]
+    assert extra[0] == 0 < extra[1]
+    assert dots == [[pytest.approx(20), peaks[1]]]
+    assert named == rings[1:]
+    faces = [line.get_markerfacecolor() for line in ax.lines]
+    assert faces[0] == faces[2] == "none" != faces[1]
     assert texts(ax) == ["pairs"]
 
 
@@ -131,3 +139,11 @@ def test_lines_are_named_at_their_ends(ax):
     assert texts(ax) == ["relu", "gelu"]
     assert ax.get_xlabel() == "pieces"
     assert list(ax.lines[0].get_ydata()) == [1, 4]
+
+
+@pytest.mark.parametrize("hue", ["#FFFFFF", *COLORS.values()])
+def test_the_labs_palette_holds_every_hue(hue):
+    rgb = np.array(to_rgb(hue)) * 255
+    pixel = np.array([[[*rgb.round(), 255]]], np.uint8)
+    shown = PALETTE[picture.indexed(pixel)[0, 0]]
+    assert np.abs(shown - rgb).max() <= 4

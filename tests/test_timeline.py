@@ -10,6 +10,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.optim import optimizer as optimizers
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from helpers import tracker
@@ -545,7 +546,7 @@ def test_a_step_that_does_nothing():
 
 
 def global_hooks() -> list[int]:
-    modules, optimizers = torch.nn.modules.module, torch.optim.optimizer_module
+    modules = torch.nn.modules.module
     return [
         len(modules._global_forward_pre_hooks),
         len(modules._global_forward_hooks),
