@@ -116,28 +116,27 @@ class LabPicture:
         return out.getvalue()
 
 
-def _palette() -> np.ndarray:
-    """Make the picture's colours: every hue, and its way to white at smooth edges.
+def _palette() -> tuple[np.ndarray, np.ndarray]:
+    """Make the picture's colours: white, every hue, and its way to white at edges.
+
+    They are fixed, so that a colour is the same after every flip.
 
     Returns:
-        (n, 3) bytes. It is fixed, so that a colour is the same after every flip.
+        (n, 3) bytes of RGB, and for each colour of 5 bits a channel its nearest place.
     """
     hues = [*COLORS.values(), *PHASE_COLORS.values(), *LABEL_COLORS.values()]
-    rgb = 255 * np.array([to_rgb(hue) for hue in [*hues, INK, QUIET, "#A85B20"]])
+    pure = np.array([to_rgb(hue) for hue in ["white", *hues, INK, QUIET, "#A85B20"]])
     shares = np.array([1, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1])[:, None, None]
-    return (255 - shares * (255 - rgb)).reshape(-1, 3).round().astype(np.uint8)
+    palette = np.rint(255 * (1 - shares * (1 - pure)).reshape(-1, 3)).astype(int)
+    code = np.arange(32**3)
+    rgb = np.stack([code & 31, code >> 5 & 31, code >> 10], axis=1) * 255 // 31
+    nearest = ((rgb[:, None] - palette[None]) ** 2).sum(-1).argmin(1)
+    red, green, blue = (palette[: len(pure)] >> 3).T
+    nearest[red | green << 5 | blue << 10] = range(len(pure))
+    return palette.astype(np.uint8), nearest.astype(np.uint8)
 
 
-def _nearest_in_palette() -> np.ndarray:
-    """Find the palette's nearest place for each colour of 5 bits a channel."""
-    place = np.arange(32**3)
-    rgb = np.stack([place & 31, place >> 5 & 31, place >> 10], axis=1) * 255 // 31
-    distances = ((rgb[:, None] - PALETTE[None].astype(int)) ** 2).sum(-1)
-    return distances.argmin(1).astype(np.uint8)
-
-
-PALETTE = np.vstack([[[255, 255, 255]], _palette()]).astype(np.uint8)
-NEAREST = _nearest_in_palette()
+PALETTE, NEAREST = _palette()
 
 
 def indexed(pixels: np.ndarray) -> np.ndarray:
