@@ -127,10 +127,12 @@ class RememberedShapes:
             out = func(*args, **kwargs)
             if len(self._answers) > 20_000:
                 self._answers.clear()
-            described = _describe(out, args)
+            described = _describe(out, (*args, *kwargs.values()))
             self._answers[key] = _ASK_AGAIN if described is None else described
             return out
-        return func(*args, **kwargs) if answer is _ASK_AGAIN else _make(answer, args)
+        if answer is _ASK_AGAIN:
+            return func(*args, **kwargs)
+        return _make(answer, (*args, *kwargs.values()))
 
 
 _ASK_AGAIN = object()
