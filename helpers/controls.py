@@ -157,15 +157,14 @@ class LayerLab(widgets.HBox):
         return controls
 
     def _make_shortcuts(self) -> tuple[dict[str, widgets.Button], widgets.VBox]:
-        self.piece = widgets.BoundedIntText(
-            2, min=1, max=999, layout=wide(52, margin="1px")
-        )
-        self.piece.tooltip = "layers in a piece"  # its name for a screen reader
+        self.piece = widgets.BoundedIntText(2, min=1, max=999, description="of")
+        self.piece.layout = wide(84, margin="1px")
+        self.piece.style.description_width = "24px"
         plans = {
             "none": Plan,
             "each alone": lambda: Plan.alone(self.boxes),
             "all joined": lambda: self._rows.pieces(len(self.boxes)),
-            "pieces of": lambda: self._rows.pieces(self.piece.value),
+            "pieces": lambda: self._rows.pieces(self.piece.value),
         }
         buttons = {}
         for text, plan in plans.items():

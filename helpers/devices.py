@@ -125,25 +125,11 @@ def memory_bytes(device: str) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-@contextlib.contextmanager
-def explained_oom(device: str, needed_bytes: int) -> Iterator[None]:
-    """Turn an allocator's refusal inside the block into one clear sentence.
-
-    The failed step's tensors hang on the traceback, so a new exception is raised
-    outside the ``except`` clause, when they are gone.
-    """
-    failed = False
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        failed = True
-    if failed:
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-        raise torch.OutOfMemoryError(too_large(device, needed_bytes))
+def free_memory(device: str) -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def too_large(device: str, needed_bytes: int) -> str:

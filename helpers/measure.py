@@ -17,7 +17,8 @@ from torch import nn
 from helpers.checkpointing import Plan, checkpointed
 from helpers.devices import (
     allocator_bytes,
-    explained_oom,
+    free_memory,
+    is_out_of_memory,
     left_as_found,
     memory_bytes,
     placed,
@@ -192,41 +193,65 @@ def measuring_plans(
     )
     if needed_bytes > memory_bytes(device):
         raise torch.OutOfMemoryError(too_large(device, needed_bytes))
-    with explained_oom(device, needed_bytes):
-        model, batch = placed(model, batch, device)
-        with left_as_found(model, trains=optimizer is not None):
-            made = optimizer(model.parameters()) if optimizer else None
-            step = training_step(model, batch, loss, made)
+    try:
+        return (
+            yield from _steps(model, batch, plans, device, repeats, warmup, **settings)
+        )
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # The failed step's tensors hang on the refusal's traceback, and are gone only here.
+    free_memory(device)
+    raise torch.OutOfMemoryError(too_large(device, needed_bytes))
 
-            @contextlib.contextmanager
-            def applied(plan: Plan) -> Iterator[None]:
-                with torch.random.fork_rng(), torch.enable_grad():
-                    with checkpointed(model, plan, **checkpoint_options):
-                        yield
 
-            reports = []
-            for plan in plans:
-                for _ in range(max(1, warmup)):
+def _steps(
+    model: nn.Module,
+    batch: object,
+    plans: Sequence[Plan],
+    device: str,
+    repeats: int,
+    warmup: int,
+    *,
+    loss: Loss | None,
+    optimizer: OptimizerFactory | None,
+    **checkpoint_options,
+) -> Generator[None, None, list[StepReport]]:
+    """Run the steps of ``measuring_plans``, one for each ``next``."""
+    model, batch = placed(model, batch, device)
+    with left_as_found(model, trains=optimizer is not None):
+        made = optimizer(model.parameters()) if optimizer else None
+        step = training_step(model, batch, loss, made)
+
+        @contextlib.contextmanager
+        def applied(plan: Plan) -> Iterator[None]:
+            with torch.random.fork_rng(), torch.enable_grad():
+                with checkpointed(model, plan, **checkpoint_options):
                     yield
-                    with applied(plan):
-                        step()
+
+        reports = []
+        for plan in plans:
+            for _ in range(max(1, warmup)):
                 yield
                 with applied(plan):
-                    timeline = record_timeline(step, model, batch=batch, optimizer=made)
-                report = report_of(timeline, plan, device, "measured")
-                if device == "cuda":
-                    yield
-                    with applied(plan):
-                        state = list(made.state.values()) if made else []
-                        counted = allocator_bytes(step, model, batch, state)
-                    report = dataclasses.replace(report, **counted)
-                reports.append(report)
-            samples: list[list[float]] = [[] for _ in plans]
-            for _ in range(repeats):
-                for plan, times in zip(plans, samples, strict=True):
-                    yield
-                    with applied(plan):
-                        times.append(time_step_ms(step, device))
+                    step()
+            yield
+            with applied(plan):
+                timeline = record_timeline(step, model, batch=batch, optimizer=made)
+            report = report_of(timeline, plan, device, "measured")
+            if device == "cuda":
+                yield
+                with applied(plan):
+                    state = list(made.state.values()) if made else []
+                    counted = allocator_bytes(step, model, batch, state)
+                report = dataclasses.replace(report, **counted)
+            reports.append(report)
+        samples: list[list[float]] = [[] for _ in plans]
+        for _ in range(repeats):
+            for plan, times in zip(plans, samples, strict=True):
+                yield
+                with applied(plan):
+                    times.append(time_step_ms(step, device))
     return [
         dataclasses.replace(report, **_summary(times))
         for report, times in zip(reports, samples, strict=True)

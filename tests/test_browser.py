@@ -175,7 +175,7 @@ def test_boxes_and_joins_answer_the_mouse(large):
 
 def test_boxes_and_joins_answer_the_keyboard(large):
     page, cells = large.page, large.page.locator(".jp-Cell").count()
-    large.setting("layers in a piece").focus()
+    large.setting("of").focus()
     page.keyboard.press("Tab")
     expect(large.box("layer1")).to_be_focused()
     page.keyboard.press("Space")
@@ -198,8 +198,8 @@ def test_shortcuts_set_boxes_and_joins(large):
     assert_answered(large, Plan.alone(layers))
     large.button("all joined").click()
     assert_answered(large, Plan((tuple(layers),)))
-    change(large, "layers in a piece", 4)
-    large.button("pieces of").click()
+    change(large, "of", 4)
+    large.button("pieces").click()
     pieces = tuple(layers[:4]), tuple(layers[4:8]), tuple(layers[8:])
     assert_answered(large, Plan(pieces))
     large.button("none").click()
@@ -237,6 +237,23 @@ def test_a_wrong_size_is_said_and_the_next_flip_works(large, name, value, senten
     expect(large.setting(name)).to_have_value(str(LARGE[name]).removesuffix(".0"))
     large.box("layer2").click()
     assert_answered(large, Plan.alone(["layer2"]))
+
+
+def test_notebook_03_runs_and_its_lab_answers(browser, url):
+    page = open_notebook(browser, url, "notebooks/03_flip_the_layers.ipynb")
+    run_all(page)
+    expect(page.locator('[data-mime-type*="error"]')).to_have_count(0)
+    panel, settings = Panel(page), LARGE | {"width": 256, "batch": 512}
+    del settings["dropout"]
+    settings["activation"] = "relu"  # as the page's own cells leave it
+    panel.button("none").click()
+    panel.wait_for(says(Plan(), settings))
+    panel.box("layer2").click()
+    panel.box("layer3").click()
+    assert_answered(panel, Plan.alone(["layer2", "layer3"]), settings)
+    panel.join("layer3").click()
+    assert_answered(panel, Plan((("layer2", "layer3"),)), settings)
+    page.close()
 
 
 def test_no_click_of_a_burst_is_lost_stale_or_flickers(large):

@@ -113,7 +113,7 @@ def test_shortcuts_set_boxes_and_joins():
     lab.shortcuts["all joined"].click()
     assert lab.plan == Plan((tuple(lab.boxes),))
     lab.piece.value = 3
-    lab.shortcuts["pieces of"].click()
+    lab.shortcuts["pieces"].click()
     assert lab.plan == Plan((("layer1", "layer2", "layer3"), ("layer4",)))
     lab.shortcuts["none"].click()
     assert lab.plan == Plan()

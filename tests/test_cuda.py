@@ -1,0 +1,215 @@
+"""On a GPU: the prediction is what CUDA's allocator counts, and time is the GPU's."""
+
+import gc
+import itertools
+import statistics
+import time
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from helpers.checkpointing import Plan, checkpointed
+from helpers.measure import measure, measure_plans, predict
+from helpers.models import MLP, DocsMLP, uniform_mlp
+from helpers.step import time_step_ms, training_step
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a CUDA device; none is available"
+    ),
+]
+
+MIXED = [
+    Plan(),
+    Plan.alone(["layer1", "layer2", "layer3"]),
+    Plan((("layer1", "layer2"),)),
+    Plan((("layer1",), ("layer2", "layer3", "layer4"))),
+]
+
+
+def numbers(report) -> dict:
+    """Take what must be the same in a prediction and in a measurement."""
+    names = ["peak_bytes", "after_forward_bytes", "baseline_bytes", "categories"]
+    names += ["forward_flops", "recompute_flops"]
+    return {name: getattr(report, name) for name in names}
+
+
+def all_alone(names: list[str]) -> list[Plan]:
+    ticks = itertools.product((False, True), repeat=len(names))
+    return [Plan.alone(itertools.compress(names, row)) for row in ticks]
+
+
+def assert_predicted(model, batch, plans, **settings) -> None:
+    reports = measure_plans(model, batch, plans, repeats=0, **settings)
+    for plan, measured in zip(plans, reports, strict=True):
+        predicted = predict(model, batch, plan, device="cuda", **settings)
+        assert numbers(predicted) == numbers(measured), plan
+        # The allocator's count and the tracker's, of the same step on the same device.
+        assert measured.timeline.peak_bytes == measured.peak_bytes, plan
+
+
+@pytest.fixture
+def deterministic(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+# Bytes
+
+
+@pytest.mark.parametrize(("rows", "n_bytes"), [(32, 17_141_248), (8192, 176_580_608)])
+def test_no_box_of_the_docs_mlp_changes_the_peak(rows, n_bytes):
+    model, x = DocsMLP().cuda(), torch.randn(rows, 1024, device="cuda")
+    plans = all_alone(["layer1", "layer2", "layer3"])
+    assert_predicted(model, x, plans)
+    reports = measure_plans(model, x, plans, repeats=0)
+    assert [report.peak_bytes for report in reports] == [n_bytes] * 8
+
+
+@pytest.mark.parametrize(
+    "optimizer", [None, torch.optim.SGD, torch.optim.AdamW], ids=str
+)
+@pytest.mark.parametrize("dropout", [0, 0.1])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "tanh"])
+def test_predicted_is_measured(activation, dropout, optimizer):
+    model = MLP([520, 1024, 776, 512, 10], activation, dropout).cuda()
+    x = torch.randn(2048, 520, device="cuda")
+    assert_predicted(model, x, MIXED, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("options", [{"foreach": False}, {"fused": True}], ids=str)
+def test_predicted_is_measured_for_other_adamws(options):
+    def optimizer(parameters):
+        return torch.optim.AdamW(parameters, **options)
+
+    model, x = MLP([512, 1024, 10]).cuda(), torch.randn(64, 512, device="cuda")
+    assert_predicted(model, x, [Plan()], optimizer=optimizer)
+
+
+def test_predicted_is_measured_with_a_target():
+    batch = torch.randn(2048, 512).cuda(), torch.randint(10, (2048,)).cuda()
+    assert_predicted(uniform_mlp(4, 512).cuda(), batch, MIXED)
+
+
+def test_a_loop_by_hand_peaks_where_it_was_predicted():
+    def workspaces() -> None:
+        layer = torch.nn.Linear(1024, 1024).cuda()
+        layer(torch.randn(8192, 1024, device="cuda")).sum().backward()
+
+    workspaces()  # cuBLAS keeps its own from here on
+    gc.collect()
+    for plan in MIXED:
+        before = torch.cuda.memory_allocated()
+        model = uniform_mlp(8, 1024).cuda()
+        x = torch.randn(8192, 1024, device="cuda")
+        with checkpointed(model, plan):
+            for _ in range(3):
+                torch.cuda.reset_peak_memory_stats()
+                model.zero_grad()
+                output = model(x)
+                loss = output.sum()
+                loss.backward()
+                del output, loss
+        peak = torch.cuda.max_memory_allocated() - before
+        assert peak == predict(model, x, plan).peak_bytes
+        del model, x
+        gc.collect()
+        assert torch.cuda.memory_allocated() == before
+
+
+def test_a_model_on_the_host_is_measured_on_a_copy():
+    model, x = MLP([512, 512, 10], "gelu"), torch.randn(256, 512)
+    measure(model.cuda(), x, repeats=0)  # makes cuBLAS's workspace
+    model, before = model.cpu(), torch.cuda.memory_allocated()
+    report = measure(model, x, device="cuda", optimizer=torch.optim.AdamW, repeats=1)
+    assert report.device == "cuda"
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before
+
+
+# Gradients
+
+
+@pytest.mark.parametrize(("activation", "dropout"), [("relu", 0), ("gelu", 0.3)])
+def test_gradients_are_bit_equal(deterministic, activation, dropout):
+    model = MLP([512, 512, 512, 512, 10], activation, dropout).cuda()
+    x = torch.randn(256, 512, device="cuda")
+    target = torch.randint(10, (256,), device="cuda")
+
+    def gradients(plan: Plan) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model.zero_grad()
+        with checkpointed(model, plan):
+            F.cross_entropy(model(x), target).backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    expected = gradients(Plan())
+    plans = all_alone(["layer1", "layer2", "layer3", "layer4"])
+    for plan in [*plans, *MIXED]:
+        assert all(map(torch.equal, gradients(plan), expected)), plan
+
+
+# Running out of memory
+
+
+def test_a_step_that_does_not_fit_is_explained_and_gives_its_memory_back():
+    model = uniform_mlp(4, 1024).cuda()
+    small = torch.randn(32, 1024, device="cuda")
+    measure(model, small, repeats=0)
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    weights = [parameter.clone() for parameter in model.parameters()]
+    total = torch.cuda.get_device_properties("cuda").total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((before + 2**30) / total)
+    try:
+        large = torch.randn(2**17, 1024, device="cuda")  # 512 MiB, and 9 times that
+        with pytest.raises(torch.OutOfMemoryError, match="the step needs") as raised:
+            measure(model, large, optimizer=torch.optim.SGD)
+        del large
+        assert raised.value.__context__ is None
+        n_bytes = sum(tensor.numel() * 4 for tensor in weights)
+        assert torch.cuda.memory_allocated() <= before + n_bytes + 512 * len(weights)
+        assert all(map(torch.equal, model.parameters(), weights))
+        assert measure(model, small, repeats=1).step_ms > 0
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_a_step_larger_than_the_card_is_refused_before_it_runs():
+    model = uniform_mlp(4, 1024).cuda()
+    x = torch.empty(1, 1024, device="cuda").expand(2**31, 1024)
+    before = torch.cuda.memory_allocated()
+    with pytest.raises(torch.OutOfMemoryError, match="does not fit.*CUDA"):
+        measure(model, x)
+    assert torch.cuda.memory_allocated() == before
+
+
+# Time
+
+
+def test_events_and_the_clock_tell_of_the_same_steps(capsys):
+    model, x = uniform_mlp(8, 1024).cuda(), torch.randn(8192, 1024, device="cuda")
+    step = training_step(model, x)
+    for _ in range(3):
+        step()
+    by_events, by_clock = [], []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        by_events.append(time_step_ms(step, "cuda"))
+        started = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        by_clock.append((time.perf_counter() - started) * 1000)
+    with capsys.disabled():
+        print(
+            f"\n8 GELU layers, batch 8192, median of 20: "
+            f"{statistics.median(by_events):.3f} ms by events, "
+            f"{statistics.median(by_clock):.3f} ms by the synchronised clock"
+        )
+    assert min(by_events) > 0
