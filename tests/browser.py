@@ -156,8 +156,12 @@ class Panel:
         return self.root.locator(".layer-lab-picture img")
 
     @property
+    def readout(self) -> Locator:
+        return self.root.locator(".layer-lab-readout")
+
+    @property
     def status(self) -> Locator:
-        return self.root.locator(".layer-lab-readout [role=status]")
+        return self.readout.locator("[role=status]")
 
     def box(self, name: str) -> Locator:
         """Find a layer's box by the name that a screen reader says."""

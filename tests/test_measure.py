@@ -458,7 +458,7 @@ def lived_in() -> nn.Sequential:
 SETTINGS = [{}, {"optimizer": AdamW}, {"optimizer": SGD, "loss": torch.mean}]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=["plain", "AdamW", "SGD"])
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_prediction_changes_nothing(settings, grad):
     model, x = lived_in(), torch.randn(8, 16, requires_grad=True)
@@ -467,6 +467,16 @@ def test_a_prediction_changes_nothing(settings, grad):
         predict(model, x, Plan((("0", "1", "2", "3"),)), **settings)
         assert_same(state_of(model), before)
     assert x.grad is None
+
+
+def test_a_factory_that_draws_numbers_does_not_move_the_generator():
+    def factory():
+        torch.manual_seed(1)
+        return MLP([16, 16, 4], dropout=torch.rand((), device="cpu").item() / 2)
+
+    before = torch.get_rng_state()
+    predict(factory, torch.randn(8, 16, generator=torch.Generator()))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_prediction_allocates_nothing():
@@ -499,7 +509,7 @@ def test_a_model_a_factory_and_a_meta_model_predict_the_same():
 # A measurement puts everything back
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=["plain", "AdamW", "SGD"])
 @pytest.mark.parametrize("plan", [Plan(), Plan((("0", "1", "2"),))], ids=str)
 def test_a_measurement_puts_everything_back(plan, settings):
     model, x = lived_in(), torch.randn(8, 16, requires_grad=True)
@@ -521,9 +531,10 @@ def test_a_measurement_interrupted_anywhere_puts_everything_back(place):
             raise KeyboardInterrupt
 
     plans = [Plan(), Plan((("0", "1", "2"),))]
-    with pytest.raises(KeyboardInterrupt):
-        settings = {"optimizer": AdamW, "repeats": 2, "warmup": 1}
+    settings = {"optimizer": AdamW, "repeats": 2, "warmup": 1}
+    with pytest.raises(KeyboardInterrupt) as raised:
         measure_plans(model, x, plans, between_steps=interrupt, **settings)
+    assert raised.tb is not None  # so that nothing is put back by its end alone
     assert_same(state_of(model), before)
 
 
