@@ -31,7 +31,8 @@ from helpers.plots import (
 )
 from helpers.report import StepReport
 
-WIDTH, HEIGHT, SCALE = 880, 500, 2  # CSS pixels, and device pixels for each
+WIDTH, HEIGHT, SCALE = 880, 500, 1.5  # CSS pixels, and device pixels for each
+SIZE = round(WIDTH * SCALE), round(HEIGHT * SCALE)
 ROOM = 1.32  # length of the time axis, in steps without checkpointing
 
 
@@ -44,7 +45,7 @@ class LabPicture:
             self._figure = Figure((WIDTH / 100, HEIGHT / 100), dpi=100 * SCALE)
             self._figure.set_layout_engine("none")
             self._canvas = FigureCanvasAgg(self._figure)
-            self._indexed = np.zeros((HEIGHT * SCALE, WIDTH * SCALE), np.uint8)
+            self._indexed = np.zeros(SIZE[::-1], np.uint8)
             part = self._part
             self._before = part("no checkpointing", (0, 0.5, 0.55, 0.5), left=0.06)
             self._after = part("this plan", (0, 0, 0.55, 0.5), left=0.06)
@@ -141,8 +142,8 @@ PALETTE, NEAREST = _palette()
 
 def indexed(pixels: np.ndarray) -> np.ndarray:
     """Turn (height, width, 4) bytes of RGBA into (height, width) palette places."""
-    red, green, blue = (pixels[..., i].astype(np.uint16) >> 3 for i in range(3))
-    return NEAREST.take(red | green << 5 | blue << 10)
+    rgba = pixels.view("<u4")[..., 0]
+    return NEAREST.take(rgba >> 3 & 31 | rgba >> 6 & 31 << 5 | rgba >> 9 & 31 << 10)
 
 
 def smaller(png: bytes) -> bytes:
@@ -161,7 +162,7 @@ class _Part:
         self._ax, self._canvas, self._indexed = ax, canvas, whole
         self._shown = self._frame = self._empty = None
         x, y, width, height = region
-        columns, rows = (side * SCALE for side in (WIDTH, HEIGHT))
+        columns, rows = SIZE
         self._region = (
             slice(round((1 - y - height) * rows), round((1 - y) * rows)),
             slice(round(x * columns), round((x + width) * columns)),

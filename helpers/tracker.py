@@ -40,6 +40,10 @@ CATEGORIES = (
 )
 
 
+ONES_LIKE = torch.ops.aten.ones_like.default
+LIFT_FRESH = torch.ops.aten.lift_fresh.default
+
+
 @dataclass(slots=True, eq=False)
 class Allocation:
     """One storage: what made it, and for what. ``bytes`` are whole 512 B blocks."""
@@ -71,6 +75,11 @@ def tensors_in(batch: object) -> Iterator[torch.Tensor]:
 def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
     for state in optimizer.state.values():
         yield from tensors_in(state)
+
+
+def _is_label(func: torch._ops.OpOverload) -> bool:
+    """Say whether it only marks a range for the profiler, as optimizers do."""
+    return func.namespace == "profiler"
 
 
 def call(func: Callable, args: tuple, kwargs: dict) -> object:
@@ -180,17 +189,17 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = self.run(func, args, kwargs)
-        if func.namespace == "profiler":  # a label, which torch's optimizers put up
+        if not isinstance(out, torch.Tensor | tuple | list) and _is_label(func):
             return out
         phase = self._phase()
         if phase == "forward" or phase == "recompute":
             node = torch.autograd._get_sequence_nr() - 1
             # Only the first operator after a node was made is that node's own.
             self.module_of_node.setdefault(node, self.modules[-1])
-            if func is torch.ops.aten.ones_like.default and args[0].requires_grad:
+            if func is ONES_LIKE and args[0].requires_grad:
                 phase = "backward"  # the gradient that backward() starts from
         self.last_phase = phase
-        if func is not torch.ops.aten.lift_fresh.default:
+        if func is not LIFT_FRESH:
             self._notice(args, phase)
         self.flops[phase] += _flops(func, args, kwargs, out)
         for tensor in (out,) if isinstance(out, torch.Tensor) else tensors_in(out):

@@ -10,28 +10,21 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from helpers import controls, picture
+from helpers import controls
 from helpers.checkpointing import Plan
 from helpers.controls import LayerLab
 from helpers.dry_run import meta_model
-from helpers.measure import measuring_plans, predict
+from helpers.measure import measure_plans, predict
 from helpers.models import DocsMLP, uniform_mlp
 from helpers.step import training_step
 from helpers.timeline import record_timeline
-from tests.browser import (
-    Panel,
-    chromium,
-    find_browser,
-    jupyter_lab,
-    open_notebook,
-    run_all,
-    write_notebook,
-)
+from tests import browser
 
 SETTINGS = {"depth": 8, "width": 1024, "activation": "gelu"}
 
@@ -51,8 +44,14 @@ def in_turns(runs: int, *works: Callable[[], object]) -> list[list[float]]:
 
 def show(name: str, samples_ms: list[float], target: str = "") -> None:
     """Print one row: median, quartiles, runs, and what it should be."""
-    low, median, high = statistics.quantiles(samples_ms, n=4, method="inclusive")
-    spread = f"{median:9.2f} ms  ({low:.2f}–{high:.2f}, {len(samples_ms)} runs)"
+    quartiles = statistics.quantiles(samples_ms, n=4, method="inclusive")
+    show_row(name, quartiles, len(samples_ms), target)
+
+
+def show_row(name: str, quartiles: list[float], runs: int, target: str = "") -> None:
+    """Print a row of quartiles that are known already."""
+    low, median, high = quartiles
+    spread = f"{median:9.2f} ms  ({low:.2f}–{high:.2f}, {runs} runs)"
     print(f"{name:<46}{spread:<44}{target}")
 
 
@@ -64,73 +63,65 @@ def show_ratio(name: str, one: list[float], other: list[float], target: str) -> 
 
 def flip_in_the_kernel(runs: int = 60) -> None:
     """Time a flip, from the box's value to the picture's, and where it goes."""
-    parts: dict[str, list[float]] = {"predict": [], "draw and encode": []}
+    lab, chance = LayerLab(settings=SETTINGS), random.Random(0)
+    spent_ms: list[dict[str, float]] = []  # in its parts, for each flip
 
     def timed(name: str, work: Callable) -> Callable:
         def call(*args, **kwargs):
             started = time.perf_counter()
             result = work(*args, **kwargs)
-            parts[name].append((time.perf_counter() - started) * 1000)
+            spent_ms[-1][name] += (time.perf_counter() - started) * 1000
             return result
 
         return call
 
-    controls.predict = timed("predict", predict)
-    draw = picture.LabPicture.draw
-    picture.LabPicture.draw = timed("draw and encode", draw)
-    lab, chance = LayerLab(settings=SETTINGS), random.Random(0)
-
     def flip() -> None:
+        spent_ms.append({"predict": 0.0, "draw and encode": 0.0})
         box = chance.choice(list(lab.boxes.values()))
         box.value = not box.value
 
-    (samples,) = in_turns(runs, flip)
-    controls.predict, picture.LabPicture.draw = predict, draw
+    draw = timed("draw and encode", lab._drawer.draw)
+    with mock.patch.object(controls, "predict", timed("predict", predict)):
+        with mock.patch.object(lab._drawer, "draw", draw):
+            (samples,) = in_turns(runs, flip)
     show("flip to picture, in the kernel", samples)
-    for name, times in parts.items():
-        show(f"  of which {name}", times[2:])
-
-
-# Resolves with the milliseconds from the click to the frame after the new picture.
-# (The ninth box is left out: a bare Linear's flip draws the same picture.)
-CLICK = """async ([panel, place]) => {
-  const picture = () => panel.querySelector(".layer-lab-picture img");
-  const box = panel.querySelectorAll("input[type=checkbox]")[place];
-  const before = picture().src, started = performance.now();
-  const frame = () => new Promise(requestAnimationFrame);
-  let blank = 0;
-  box.click();
-  while (!picture() || picture().src === before) {
-    blank += !picture() || !picture().naturalWidth;
-    await frame();
-  }
-  await picture().decode();
-  await frame();
-  return [performance.now() - started, blank];
-}"""
+    parts = spent_ms[-runs:]
+    for name in parts[0]:
+        show(f"  of which {name}", [part[name] for part in parts])
+    rest = [ms - sum(part.values()) for ms, part in zip(samples, parts, strict=True)]
+    show("  of which the rest", rest)
 
 
 def flip_in_the_browser(runs: int = 40) -> None:
     """Time a flip, from the click to the repainted picture, in JupyterLab."""
     name = "flip to repainted picture, in the browser"
-    if find_browser() is None:
+    if browser.find_browser() is None:
         print(f"{name:<46}no Chromium or Chrome on this machine")
         return
-    with tempfile.TemporaryDirectory() as folder, jupyter_lab(Path(folder)) as url:
-        source = f"from helpers.controls import LayerLab\nLayerLab(settings={SETTINGS})"
-        write_notebook(Path(folder) / "root" / "lab.ipynb", source)
-        with chromium() as browser:
-            page = open_notebook(browser, url, "lab.ipynb")
-            run_all(page)
-            panel = Panel(page).root.element_handle()
-            Panel(page).image.wait_for()
-            chance, answers = random.Random(0), []
-            for _ in range(runs + 3):
-                answers.append(page.evaluate(CLICK, [panel, chance.randrange(8)]))
-                page.wait_for_timeout(150)
-    times, blank = zip(*answers[3:], strict=True)
-    show(name, list(times), "100 ms")
-    print(f"{'  blank frames':<46}{sum(blank):9d}{'':<35}0")
+    source = f"from helpers.controls import LayerLab\nLayerLab(settings={SETTINGS})"
+    with tempfile.TemporaryDirectory() as folder:
+        browser.write_notebook(Path(folder) / "root" / "lab.ipynb", source)
+        with browser.jupyter_lab(Path(folder)) as url, browser.chromium() as chromium:
+            page = browser.open_notebook(chromium, url, "lab.ipynb")
+            browser.run_all(page)
+            panel = browser.Panel(page)
+            panel.image.wait_for()
+            samples = browser_flips(panel, runs + 3)[3:]
+            panel.watch()  # apart, for looking at each frame takes time as well
+            browser_flips(panel, runs)
+            seen = panel.watched()
+    show(name, samples, "100 ms")
+    faults = f"{len(seen['faults']):9d} of {seen['frames']}"
+    print(f"{'  blank or jumping frames':<46}{faults:<44}0")
+
+
+def browser_flips(panel: browser.Panel, runs: int) -> list[float]:
+    """Flip boxes by chance; the last is left out: its flip draws the same picture."""
+    chance, samples = random.Random(0), []
+    for _ in range(runs):
+        samples.append(panel.flip_ms(f"layer{chance.randint(1, SETTINGS['depth'])}"))
+        panel.page.wait_for_timeout(150)
+    return samples
 
 
 def predict_against_memtracker(runs: int = 15) -> None:
@@ -162,9 +153,8 @@ def timeline_overhead(runs: int = 100) -> None:
         (samples,) = in_turns(30, step)
         if statistics.median(samples) >= 9:
             break
-    bare, watched = in_turns(
-        runs, step, lambda: record_timeline(step, model, batch=batch)
-    )
+    works = step, lambda: record_timeline(step, model, batch=batch)
+    bare, watched = in_turns(runs, *works)
     show(f"a step of the docs' MLP, {rows} rows", bare)
     show("the same under the timeline", watched)
     show_ratio("  timeline to bare step", watched, bare, "1.15 × or less")
@@ -180,23 +170,18 @@ def time_pass_against_bare_loop(runs: int = 200) -> None:
         output.sum().backward()
 
     bare: list[float] = []
-    measuring = measuring_plans(model, x, [Plan()], repeats=runs)
-    while True:
-        try:
-            next(measuring)
-        except StopIteration as finished:
-            (report,) = finished.value
-            break
-        bare.append(elapsed_ms(bare_step))
+    (report,) = measure_plans(
+        model,
+        x,
+        [Plan()],
+        repeats=runs,
+        between_steps=lambda: bare.append(elapsed_ms(bare_step)),
+    )
     bare = bare[-runs:]
     low, high = report.step_ms_quartiles
     show("a bare loop", bare)
-    measured = (
-        f"{report.step_ms:9.2f} ms  ({low:.2f}–{high:.2f}, {report.repeats} runs)"
-    )
-    print(f"{'measure, the same step in turns with it':<46}{measured}")
-    ratio = report.step_ms / statistics.median(bare)
-    print(f"{'  measure to bare loop':<46}{ratio:9.3f} ×{'':<33}within 1 %")
+    show_row("measure, the same step in turns", [low, report.step_ms, high], runs)
+    show_ratio("  measure to bare loop", [report.step_ms], bare, "within 1 %")
 
 
 def main() -> None:

@@ -207,6 +207,11 @@ class Panel:
         expect(self.image).to_have_attribute("alt", finding, timeout=PATIENCE_MS)
         expect(self.status).to_contain_text(finding, timeout=PATIENCE_MS)
 
+    def flip_ms(self, name: str) -> float:
+        """Click a layer's box; time it until another picture has been painted."""
+        box = self.box(name).element_handle()
+        return self.root.evaluate(_FLIP, box)
+
     def watch(self) -> None:
         """Start to look at the picture in every frame, and at every sentence."""
         self.root.evaluate(_WATCH)
@@ -224,6 +229,23 @@ _READ_ROWS = """rows => rows.map(row => {
   const joined = !!join && !join.disabled && join.classList.contains("mod-active");
   return [box.parentElement.textContent, box.checked, joined];
 })"""
+
+# What is asked of a frame runs before its paint: when the second one comes, the new
+# picture's frame is over.
+_FLIP = """async (panel, box) => {
+  const picture = () => panel.querySelector(".layer-lab-picture img");
+  const frame = () => new Promise(requestAnimationFrame);
+  const before = picture().src, started = performance.now();
+  box.click();
+  while (!picture() || picture().src === before) {
+    if (performance.now() - started > 10000) throw Error("no other picture");
+    await frame();
+  }
+  await picture().decode();
+  await frame();
+  await frame();
+  return performance.now() - started;
+}"""
 
 # Looks before each paint, and at each sentence. A sentence in a colour is an error.
 _WATCH = """panel => {
