@@ -98,6 +98,7 @@ def _environment(home: Path) -> dict[str, str]:
         "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
         "IPYTHONDIR": str(home / "ipython"),
         "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",  # the browser needs a core as well
     }
 
 
