@@ -11,7 +11,7 @@ STRAY_KEYS := metadata.language_info.version metadata.toc \
   cell.metadata.editable cell.metadata.jp-MarkdownHeadingCollapsed \
   cell.metadata.slideshow cell.metadata.trusted
 
-.PHONY: lab test bench execute html lock clean
+.PHONY: lab test bench execute nav html lock clean
 
 # Jupyter refuses root unless told; in a container there is often nobody else.
 ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)
@@ -39,6 +39,10 @@ execute: $(INSTALLED)
 	  --ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
 	$(BIN)/nbstripout --keep-output --keep-count --keep-id \
 	  --extra-keys "$(STRAY_KEYS)" $(NOTEBOOKS)
+
+# The links between notebooks, and README's table of them.
+nav: $(INSTALLED)
+	$(BIN)/python -m tests.navigation
 
 # nbconvert keeps links between notebooks as they are; the pages are .html here.
 html: $(INSTALLED)

@@ -178,16 +178,6 @@ def fits_in_its_columns(notebook: Notebook) -> Iterator[str]:
                 yield f"{at} has a line of {len(line)} columns"
 
 
-def links_its_neighbours(notebook: Notebook) -> Iterator[str]:
-    """The last cell leads to the notebooks before and after."""
-    order = sorted(path.name for path in notebook.path.parent.glob("*.ipynb"))
-    here = order.index(notebook.path.name)
-    last = notebook.content.cells[-1]
-    for neighbour in order[max(here - 1, 0) : here] + order[here + 1 : here + 2]:
-        if last.cell_type != "markdown" or f"]({neighbour})" not in last.source:
-            yield f"the last cell has no link to {neighbour}"
-
-
 def ends_with_exercises(notebook: Notebook) -> Iterator[str]:
     """Summary, exercises, the next question."""
     titles = [title.lower() for level, title in notebook.headings() if level == 2]
@@ -221,7 +211,6 @@ RULES = [
     fails_only_on_purpose,
     links_lead_somewhere,
     fits_in_its_columns,
-    links_its_neighbours,
     ends_with_exercises,
     names_no_machine,
 ]

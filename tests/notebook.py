@@ -40,6 +40,17 @@ class Notebook:
         """Return the Markdown cells, each with its place."""
         return [(at, cell) for at, cell in self.cells if cell.cell_type == "markdown"]
 
+    @property
+    def title(self) -> str:
+        """Return the H1 of the first cell."""
+        return self.content.cells[0].source.splitlines()[0].removeprefix("# ")
+
+    @property
+    def question(self) -> str:
+        """Return the question in the blockquote under the title."""
+        lines = self.content.cells[0].source.splitlines()
+        return " ".join(x.removeprefix("> ") for x in lines if x.startswith("> "))
+
     def headings(self) -> list[tuple[int, str]]:
         """Return the level and the text of every heading."""
         text = "\n\n".join(FENCE.sub("", cell.source) for _, cell in self.prose)

@@ -127,7 +127,6 @@ SPOILED = [  # cell 0 the title, 1 the imports, 3 code, -4 summary, -2 stub, -1 
     ("links_lead_somewhere", with_source(2, '<a href="#title">a</a>')),
     ("fits_in_its_columns", with_source(3, "a" * 80)),
     ("fits_in_its_columns", with_source(2, "```python\n" + "a" * 80 + "\n```")),
-    ("links_its_neighbours", with_source(-1, "## Next question\n\nAnd?")),
     ("ends_with_exercises", with_source(-4, "## End")),
     ("ends_with_exercises", with_source(-1, "The end: [Next](01_next.ipynb)")),
     ("names_no_machine", with_source(2, "See `/home/me`.")),

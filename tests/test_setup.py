@@ -79,12 +79,6 @@ def test_make_installs_what_conda_installs():
     assert "install -c requirements.lock -e '.[dev]'" in makefile
 
 
-def test_the_readme_lists_every_notebook_that_is_there():
-    listed = re.findall(r"\(notebooks/(\w+)\.ipynb\)", (ROOT / "README.md").read_text())
-    there = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
-    assert listed == there
-
-
 @pytest.mark.parametrize("module", TORCH_ONLY)
 def test_measuring_needs_torch_alone(module):
     program = (
