@@ -32,21 +32,24 @@ class Event(NamedTuple):
 class Peak:
     """What is alive at the step's peak: bytes by category, and the largest tensors.
 
-    ``event`` is the largest allocation on the last way up to it.
+    ``event`` is the largest allocation on the last way up to it; None where the step
+    allocates and frees nothing.
     """
 
     peak_bytes: int
-    event: Event
+    event: Event | None
     categories: dict[str, int]
     tensors: tuple[Allocation, ...] = field(repr=False)
 
     def __str__(self) -> str:
-        made = self.event.allocation
-        where = f" in {made.module}" if made.module else ""
-        lines = [
-            f"peak {format_bytes(self.peak_bytes)} in {self.event.phase}: "
-            f"{made.op}{where} allocates {format_bytes(made.bytes)}"
-        ]
+        lines = [f"peak {format_bytes(self.peak_bytes)} before the step"]
+        if self.event:
+            made = self.event.allocation
+            where = f" in {made.module}" if made.module else ""
+            lines = [
+                f"peak {format_bytes(self.peak_bytes)} in {self.event.phase}: "
+                f"{made.op}{where} allocates {format_bytes(made.bytes)}"
+            ]
         return "\n".join(lines + [f"  {tensor}" for tensor in self.tensors])
 
 
@@ -66,7 +69,7 @@ class Timeline:
         for kind, allocation, phase in log:
             level += allocation.bytes if kind == "alloc" else -allocation.bytes
             self.events.append(Event(kind, allocation, phase, level))
-        self._start_bytes = level if not log else self._level_before(0)
+        self._start_bytes = self._level_before(0)
 
     def _level_before(self, place: int) -> int:
         if place == 0:
@@ -127,11 +130,13 @@ class Timeline:
         tensors = sorted(alive, key=lambda allocation: -allocation.bytes)[:largest]
         return Peak(self.peak_bytes, self._cause(), categories, tuple(tensors))
 
-    def _cause(self) -> Event:
+    def _cause(self) -> Event | None:
         """Find the largest allocation of the layer that runs when the peak is reached.
 
         The last one is often 512 bytes on top, and would explain nothing.
         """
+        if not self.events:
+            return None
         last = cause = self.events[max(self.peak_place, 0)]
         for event in reversed(self.events[: max(self.peak_place, 0)]):
             if event.phase != last.phase:
@@ -166,10 +171,12 @@ class Timeline:
         return rows
 
     def __repr__(self) -> str:
+        peak, after = map(format_bytes, (self.peak_bytes, self.after_forward_bytes))
+        event = self._cause()
+        where = f"in {event.phase}" if event else "before the step"
         return (
-            f"Timeline({len(self.events)} events, peak {format_bytes(self.peak_bytes)} "
-            f"in {self.at_peak().event.phase}, "
-            f"after forward {format_bytes(self.after_forward_bytes)})"
+            f"Timeline({len(self.events)} events, peak {peak} {where}, "
+            f"after forward {after})"
         )
 
 

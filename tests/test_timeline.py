@@ -622,3 +622,10 @@ def test_another_threads_steps_are_not_recorded():
     assert happened(found) == happened(expected)
     assert found.peak_bytes == expected.peak_bytes
     assert found.flops == expected.flops
+
+
+def test_a_step_without_any_event_has_its_peak_before_it():
+    model = MLP([16, 16])
+    timeline = record_timeline(lambda: None, model)
+    assert str(timeline.at_peak()).startswith("peak 1.5 KiB before the step\n")
+    assert "0 events, peak 1.5 KiB before the step" in repr(timeline)
