@@ -11,7 +11,6 @@ import matplotlib
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
@@ -29,6 +28,7 @@ from helpers.plots import (
     plot_tradeoff,
     timeline_length,
 )
+from helpers.remembered_text import TextMemoryCanvas
 from helpers.report import StepReport
 
 WIDTH, HEIGHT, SCALE = 880, 500, 1.5  # CSS pixels, and device pixels for each
@@ -44,7 +44,7 @@ class LabPicture:
         with matplotlib.rc_context(self._style):
             self._figure = Figure((WIDTH / 100, HEIGHT / 100), dpi=100 * SCALE)
             self._figure.set_layout_engine("none")
-            self._canvas = FigureCanvasAgg(self._figure)
+            self._canvas = TextMemoryCanvas(self._figure)
             self._indexed = np.zeros(SIZE[::-1], np.uint8)
             part = self._part
             self._before = part("no checkpointing", (0, 0.5, 0.55, 0.5), left=0.06)
@@ -157,7 +157,7 @@ class _Part:
     """One axes and its region of the canvas, painted when what it shows changes."""
 
     def __init__(
-        self, ax: Axes, region: tuple, canvas: FigureCanvasAgg, whole: np.ndarray
+        self, ax: Axes, region: tuple, canvas: TextMemoryCanvas, whole: np.ndarray
     ) -> None:
         self._ax, self._canvas, self._indexed = ax, canvas, whole
         self._shown = self._frame = self._empty = None

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
+from matplotlib.collections import PolyCollection
 from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import MaxNLocator
 
@@ -93,13 +94,31 @@ def plot_timeline(
     # Each level holds until the next event: repeat it, so that the steps are square.
     places = np.repeat(np.arange(stack.shape[1] + 1), 2)[1:-1]
     edges = np.vstack([np.zeros(len(places)), np.repeat(stack, 2, axis=1).cumsum(0)])
-    for category, low, high in zip(CATEGORIES, edges, edges[1:], strict=False):
-        if (high > low).any():
-            ax.fill_between(places, low, high, color=COLORS[category], lw=0)
+    outline = np.concatenate([places, places[::-1]])
+    areas = {
+        COLORS[category]: np.column_stack([outline, np.append(low, high[::-1])])
+        for category, low, high in zip(CATEGORIES, edges, edges[1:], strict=False)
+        if (high > low).any()
+    }
+    _add_polygons(ax, list(areas.values()), list(areas), lw=0)
     ax.set_xlim(0, length or places[-1])
     ax.xaxis.set_visible(False)
     _plot_strip(ax, timeline)
     _mark_peak(ax, timeline, size, measured)
+
+
+def _add_polygons(
+    ax: Axes, polygons: Sequence[np.ndarray], colors: Sequence[str], **style
+) -> None:
+    """Fill (n, 2) outlines by one artist, several times as fast as an artist each."""
+    areas = PolyCollection(polygons, facecolors=colors, **style)
+    ax.add_collection(areas, autolim=False)
+
+
+def _box(left: float, bottom: float, width: float, height: float) -> np.ndarray:
+    """Outline a rectangle."""
+    right, top = left + width, bottom + height
+    return np.array([(left, bottom), (right, bottom), (right, top), (left, top)])
 
 
 def timeline_length(timeline: Timeline) -> int:
@@ -144,20 +163,18 @@ def _plot_strip(ax: Axes, timeline: Timeline) -> None:
             running = (event.phase, _layer(event.allocation.module))
         what.append(running)
     bottom, width, place = ax.get_ylim()[0], ax.get_xlim()[1], 0
-    box_bottom, boxes, labels, recomputed = 0.5 * bottom, [], [], []
+    box_bottom, boxes, colors, labels, recomputed = 0.5 * bottom, [], [], [], []
     for (phase, layer), group in groupby(what):
         length = len(list(group))
-        boxes.append(((place, length), PHASE_COLORS[phase]))
+        boxes.append(_box(place, box_bottom, length, -0.9 * box_bottom))
+        colors.append(PHASE_COLORS[phase])
         if phase == "recompute":
             recomputed.append(place)
         label = "".join(filter(str.isdigit, layer)) or layer[:6]
         if label and length > 0.014 * width * len(label):
             labels.append((place + length / 2, 0.54 * box_bottom, label))
         place += length
-    spans, colors = zip(*boxes, strict=True)
-    ax.broken_barh(
-        spans, (box_bottom, -0.9 * box_bottom), facecolors=colors, edgecolor="w"
-    )
+    _add_polygons(ax, boxes, colors, edgecolor="w")
     ax.add_artist(SmallLabels(labels))
     for text, x, align, color in (
         ("forward", 0, "left", "#A85B20"),
@@ -204,15 +221,16 @@ def plot_peaks(
     """Draw what is alive at each report's peak, a bar each, categories named beside."""
     top = top_bytes or max(report.peak_bytes for report in reports.values())
     size = memory_axis(ax, top)
-    places, bottom = np.arange(len(reports)), np.zeros(len(reports))
-    style = {"width": 0.74, "edgecolor": "white", "linewidth": 0.6}
-    for category in CATEGORIES:
-        heights = [r.categories.get(category, 0) / size for r in reports.values()]
-        if any(heights):
-            ax.bar(places, heights, bottom=bottom, color=COLORS[category], **style)
-        bottom += heights
-    for place, top_of_bar in zip(places, bottom, strict=True):
-        _label_above(ax, place, top_of_bar, f"{top_of_bar:,.1f}", weight="bold")
+    boxes, colors = [], []
+    for place, report in enumerate(reports.values()):
+        bottom = 0.0
+        for category in CATEGORIES:
+            if height := report.categories.get(category, 0) / size:
+                boxes.append(_box(place - 0.37, bottom, 0.74, height))
+                colors.append(COLORS[category])
+                bottom += height
+        _label_above(ax, place, bottom, f"{bottom:,.1f}", weight="bold")
+    _add_polygons(ax, boxes, colors, edgecolor="white", linewidth=0.6)
     _label_plans(ax, reports)
     _label_categories(ax, list(reports.values()), size)
 

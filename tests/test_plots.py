@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from matplotlib import style
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
@@ -25,6 +26,7 @@ from helpers.plots import (
     plot_times,
     plot_tradeoff,
 )
+from helpers.remembered_text import TextMemoryCanvas
 from helpers.timeline import CATEGORIES
 
 MIB = 2**20
@@ -49,6 +51,13 @@ def texts(ax) -> list[str]:
     return [text.get_text() for text in ax.texts]
 
 
+def polygons(areas) -> list[tuple[str, np.ndarray]]:
+    """Read the colour and the (n, 2) outline of every area that is filled."""
+    colors = [to_hex(color).upper() for color in areas.get_facecolor()]
+    outlines = [path.vertices for path in areas.get_paths()]
+    return list(zip(colors, outlines, strict=True))
+
+
 @pytest.mark.parametrize(
     ("top_bytes", "unit"), [(600, "B"), (9000, "KiB"), (5 * MIB, "MiB"), (2**32, "GiB")]
 )
@@ -62,10 +71,7 @@ def test_a_memory_axis_starts_at_zero_and_carries_its_unit(ax, top_bytes, unit):
 def test_a_timeline_is_stacked_to_the_level_of_every_event(ax, reports):
     timeline = reports[1].timeline
     plot_timeline(ax, timeline)
-    areas = {
-        to_hex(area.get_facecolor()[0]).upper(): area.get_paths()[0].vertices[:, 1]
-        for area in ax.collections[:-1]
-    }
+    areas = {color: outline[:, 1] for color, outline in polygons(ax.collections[0])}
     assert set(areas) <= set(COLORS.values())
     top = max(edges.max() for edges in areas.values())
     assert top * MIB == pytest.approx(timeline.peak_bytes)
@@ -93,11 +99,13 @@ def test_a_timelines_strip_names_layers_and_phases(ax, reports):
 
 def test_bars_are_as_high_as_the_categories(ax, reports):
     plot_peaks(ax, {"none": reports[0], "pairs": reports[1]})
-    heights = {}
-    for bar in ax.patches:
-        heights.setdefault(round(bar.get_x()), 0)
-        heights[round(bar.get_x())] += bar.get_height() * MIB
-    assert list(heights.values()) == pytest.approx([r.peak_bytes for r in reports])
+    heights = [0, 0]
+    for color, box in polygons(ax.collections[0]):
+        place, height = round(box[:, 0].mean()), np.ptp(box[:, 1]) * MIB
+        (category,) = (name for name, hue in COLORS.items() if hue == color)
+        assert height == pytest.approx(list(reports)[place].categories[category])
+        heights[place] += height
+    assert heights == pytest.approx([r.peak_bytes for r in reports])
     named = {name.replace("_", " ") for name in CATEGORIES} & set(texts(ax))
     assert {"activation", "recomputed", "parameter"} <= named
 
@@ -139,6 +147,28 @@ def test_lines_are_named_at_their_ends(ax):
     assert texts(ax) == ["relu", "gelu"]
     assert ax.get_xlabel() == "pieces"
     assert list(ax.lines[0].get_ydata()) == [1, 4]
+
+
+def drawn(canvas_class) -> np.ndarray:
+    """Draw texts of many kinds; (height, width) bytes of grey."""
+    figure = Figure((4, 2), dpi=150)
+    canvas, ax = canvas_class(figure), figure.add_subplot()
+    ax.set_ylabel("turned")
+    ax.text(0.1, 0.1, "peak −12.5 gjpq", weight="bold", color="#D55E00", alpha=0.5)
+    ax.annotate("in a box", (0.5, 0.5), bbox={"facecolor": "white"})
+    for _ in range(2):
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].mean(-1)
+
+
+def test_a_text_from_memory_is_the_text_that_agg_draws():
+    ours, right = drawn(TextMemoryCanvas), drawn(FigureCanvasAgg)
+    ink = right < 128
+    assert ink.any()
+    # It lies on whole pixels, so each place is right but for one beside it.
+    around = [np.roll(ours, (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    assert np.min(around, axis=0)[ink].max() < 160
+    assert abs(ours.mean() - right.mean()) < 0.2
 
 
 @pytest.mark.parametrize("hue", ["#FFFFFF", *COLORS.values()])
