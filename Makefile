@@ -32,12 +32,15 @@ test: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m tests.bench
 
+# On a busy machine the lines that a cell prints would come apart.
+COALESCE := nbconvert.preprocessors.CoalesceStreamsPreprocessor
+
 # One notebook: make execute NOTEBOOKS=notebooks/00_start_here.ipynb
 execute: $(INSTALLED)
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 	  --ExecutePreprocessor.store_widget_state=False \
 	  --ExecutePreprocessor.record_timing=False \
-	  --ExecutePreprocessor.coalesce_streams=True $(NOTEBOOKS)
+	  --NotebookExporter.preprocessors=$(COALESCE) $(NOTEBOOKS)
 	$(BIN)/nbstripout --keep-output --keep-count --keep-id \
 	  --extra-keys "$(STRAY_KEYS)" $(NOTEBOOKS)
 
