@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from torch import nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
+from helpers import module_lists
+
 
 @dataclass(frozen=True)
 class Plan:
     """Which layers are checkpointed: a tuple of segments, each a tuple of names.
 
-    A segment is a run of consecutive children of one ``nn.Sequential``, or a single
-    module by its dotted name. ``Plan()`` checkpoints nothing.
+    A segment is a run of consecutive children of one ``nn.Sequential``, or of one
+    ``nn.ModuleList`` whose owner feeds each into the next, or a single module by its
+    dotted name. ``Plan()`` checkpoints nothing.
     """
 
     segments: tuple[tuple[str, ...], ...] = ()
@@ -70,9 +73,10 @@ class Plan:
         if not self.segments:
             return "# nothing is checkpointed"
         alone = [segment[0] for segment in self.segments if len(segment) == 1]
-        chains = _runs_by_parent(self)
+        listed = _listed(model, self)
+        chains = _runs_by_parent(model, self)
         plain = all(_is_plain(model.get_submodule(name)) for name in chains)
-        lines = ["from functools import partial"] * bool(alone)
+        lines = ["from functools import partial"] * bool(alone or listed)
         lines += ["from types import MethodType"] * bool(chains)
         lines += [""] + ["from torch import nn"] * (not plain)
         lines += ["from torch.utils.checkpoint import checkpoint"]
@@ -87,6 +91,8 @@ class Plan:
             ]
         for parent, runs in chains.items():
             lines += _parent_code(model, parent, runs)
+        if listed:
+            lines += module_lists.code(listed)
         return "\n".join(lines)
 
 
@@ -126,7 +132,10 @@ def checkpointed(
         for segment in plan.segments
         if len(segment) == 1
     }
-    for parent, runs in _runs_by_parent(plan).items():
+    for segment in _listed(model, plan):
+        modules = [model.get_submodule(name) for name in segment]
+        forwards |= module_lists.joined_forwards(segment, modules, call)
+    for parent, runs in _runs_by_parent(model, plan).items():
         sequential = model.get_submodule(parent)
         forwards[parent] = functools.partial(_run_in_pieces, sequential, runs, call)
     with contextlib.ExitStack() as undo:
@@ -152,6 +161,13 @@ def follows(model: nn.Module, before: str, after: str) -> bool:
     siblings = list(model.get_submodule(parent)._modules)
     place = siblings.index(before.rpartition(".")[2]) + 1
     return siblings[place : place + 1] == [after.rpartition(".")[2]]
+
+
+def listed_after(model: nn.Module, before: str, after: str) -> bool:
+    """Say whether ``after`` comes right after ``before`` in one ``nn.ModuleList``."""
+    parent, _, place = before.rpartition(".")
+    is_list = isinstance(model.get_submodule(parent), nn.ModuleList)
+    return is_list and after == f"{parent}.{int(place) + 1}"
 
 
 def _run_in_pieces(
@@ -198,11 +214,23 @@ def _parent_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _runs_by_parent(plan: Plan) -> dict[str, dict[str, tuple[str, ...]]]:
+def _listed(model: nn.Module, plan: Plan) -> list[tuple[str, ...]]:
+    """Find the segments of two or more that lie in an ``nn.ModuleList``."""
+    return [
+        segment
+        for segment in plan.segments
+        if len(segment) > 1 and listed_after(model, *segment[:2])
+    ]
+
+
+def _runs_by_parent(
+    model: nn.Module, plan: Plan
+) -> dict[str, dict[str, tuple[str, ...]]]:
     """Map each Sequential to its segments of two or more: {first child: children}."""
     runs: dict[str, dict[str, tuple[str, ...]]] = {}
+    listed = _listed(model, plan)
     for segment in plan.segments:
-        if len(segment) > 1:
+        if len(segment) > 1 and segment not in listed:
             children = tuple(name.rpartition(".")[2] for name in segment)
             runs.setdefault(_parent_of(segment[0]), {})[children[0]] = children
     return runs
@@ -245,7 +273,9 @@ def _check(model: nn.Module, plan: Plan) -> None:
                 )
     for segment in plan.segments:
         for before, after in zip(segment, segment[1:], strict=False):
-            if not follows(model, before, after):
+            if not (
+                follows(model, before, after) or listed_after(model, before, after)
+            ):
                 raise ValueError(
                     f"{after!r} does not follow {before!r} in one nn.Sequential, so "
                     "they cannot share a segment; a segment is a run of neighbours "

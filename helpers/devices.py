@@ -4,12 +4,14 @@ import contextlib
 import copy
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from helpers.cpu_limit import limit_in_force, uncounted, way_out
 from helpers.tracker import tensors_in
 from helpers.units import format_bytes, round_to_block
 
@@ -30,19 +32,30 @@ def usable_device(model: nn.Module, device: str | None) -> str:
     return device
 
 
+@uncounted()
 def placed(model: nn.Module, batch: object, device: str) -> tuple[nn.Module, object]:
     """Move the batch, and a copy of the model if it lives elsewhere, to the device.
 
-    The batch's data is shared where it is there already; its gradient is not.
+    The batch's data is shared where it is there already, unless it is a view of a
+    larger tensor: then that tensor would count. Its gradient is not.
     """
+    made: dict[int, torch.Tensor] = {}  # a tensor that comes twice is moved once
 
-    def moved(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().to(device).requires_grad_(tensor.requires_grad)
+    def moved(part: object) -> object:
+        if isinstance(part, torch.Tensor):
+            if id(part) not in made:
+                data = part.detach().to(device)
+                if data.untyped_storage().nbytes() != data.numel() * data.itemsize:
+                    data = data.clone()
+                made[id(part)] = data.requires_grad_(part.requires_grad)
+            return made[id(part)]
+        if isinstance(part, dict):
+            return {name: moved(value) for name, value in part.items()}
+        if isinstance(part, tuple | list):
+            return type(part)(moved(item) for item in part)
+        return part
 
-    if isinstance(batch, tuple | list):
-        batch = type(batch)(moved(tensor) for tensor in batch)
-    else:
-        batch = moved(batch)
+    batch = moved(batch)
     if all(parameter.device.type == device for parameter in model.parameters()):
         return model, batch
     return copy.deepcopy(model).to(device), batch
@@ -52,17 +65,18 @@ def placed(model: nn.Module, batch: object, device: str) -> tuple[nn.Module, obj
 def left_as_found(model: nn.Module, trains: bool) -> Iterator[None]:
     """Put back what training steps change: parameters, buffers, gradients.
 
-    The copies lie in host memory, where they do not count on a GPU.
+    The copies lie in host memory, and count neither on a GPU nor under a limit.
     """
     changing = [*model.buffers(), *(model.parameters() if trains else ())]
-    saved = [tensor.detach().to("cpu", copy=True) for tensor in changing]
+    with uncounted():
+        saved = [tensor.detach().to("cpu", copy=True) for tensor in changing]
     gradients = [parameter.grad for parameter in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = None
     try:
         yield
     finally:
-        with torch.no_grad():
+        with uncounted(), torch.no_grad():
             for tensor, value in zip(changing, saved, strict=True):
                 tensor.copy_(value)
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
@@ -96,6 +110,7 @@ def allocator_bytes(
         if tensor.is_cuda
     }
     others = start_bytes - sum(map(round_to_block, storages.values()))
+    torch.cuda.empty_cache()  # or what earlier steps reserved would count as well
     torch.cuda.reset_peak_memory_stats()
     levels: list[int] = []
     step(lambda: levels.append(torch.cuda.memory_allocated() - others))
@@ -104,6 +119,7 @@ def allocator_bytes(
         "peak_bytes": torch.cuda.max_memory_allocated() - others,
         "after_forward_bytes": levels[0],
         "workspace_bytes": start_bytes - without_workspace,
+        "reserved_bytes": torch.cuda.max_memory_reserved(),
     }
 
 
@@ -115,9 +131,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def memory_bytes(device: str) -> int:
-    """Tell how much memory a step can have: the GPU's, or what the machine has left."""
+    """Tell how much memory a step can have: what a limit in force allows, if there is
+    one, or else all of the GPU's, or what the machine has left.
+    """
     if device == "cuda":
-        return torch.cuda.get_device_properties("cuda").total_memory
+        total_bytes = torch.cuda.get_device_properties("cuda").total_memory
+        return round(torch.cuda.get_per_process_memory_fraction() * total_bytes)
+    return min(limit_in_force() or sys.maxsize, _left_bytes())
+
+
+def _left_bytes() -> int:
     with contextlib.suppress(OSError):  # there is no such file on macOS
         lines = Path("/proc/meminfo").read_text().splitlines()
         (kib,) = (line.split()[1] for line in lines if "MemAvailable" in line)
@@ -132,13 +155,18 @@ def free_memory(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def too_large(device: str, needed_bytes: int) -> str:
-    """Say that a step does not fit, and what it needs where that is known."""
-    needs = (
-        f"needs {format_bytes(needed_bytes)} at its peak and " if needed_bytes else ""
-    )
+def too_large(device: str, needed_bytes: int, fixed_bytes: int = 0) -> str:
+    """Say that a step does not fit, what it needs where that is known, and what would.
+
+    Args:
+        fixed_bytes: what any batch and any plan need.
+    """
+    limit_bytes = memory_bytes(device)
+    needed, limit = format_bytes(needed_bytes), format_bytes(limit_bytes)
+    if needed == limit:  # a few bytes apart
+        needed, limit = f"{needed_bytes:,} B", f"{limit_bytes:,} B"
+    needs = f"needs {needed} at its peak and " if needed_bytes else ""
     return (
-        f"the step {needs}does not fit "
-        f"into the {format_bytes(memory_bytes(device))} that there are on this "
-        f"{device.upper()}; take a smaller batch, or checkpoint more layers"
+        f"the step {needs}does not fit into the {limit} that it may take on this "
+        f"{device.upper()}; {way_out(limit_bytes, fixed_bytes)}"
     )

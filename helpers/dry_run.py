@@ -6,14 +6,16 @@ copy of the model, the device's own choice of kernels, and remembered shapes, be
 PyTorch's meta kernels are Python and ten times slower than the lookup.
 """
 
-import contextlib
-import contextvars
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.optim import optimizer as optimizers
+
+from helpers.kernels import kernels_of, on_host
+
+__all__ = ["RememberedShapes", "kernels_of", "like_cuda", "meta_batch", "meta_model"]
 
 
 def meta_model(model_or_factory: nn.Module | Callable[[], nn.Module]) -> nn.Module:
@@ -40,47 +42,25 @@ def _meta_parameter(tensor: torch.Tensor) -> torch.Tensor:
     return empty
 
 
-def meta_batch(batch: object) -> object:
-    """Copy a batch, a tensor or tuples, lists and dicts of them, to the meta device."""
-    if isinstance(batch, torch.Tensor):
-        empty = torch.empty_strided(
-            batch.shape, batch.stride(), dtype=batch.dtype, device="meta"
-        )
-        return empty.requires_grad_(batch.requires_grad)
-    if isinstance(batch, dict):
-        return {key: meta_batch(value) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(meta_batch(item) for item in batch)
-    return batch
+def meta_batch(batch: object, made: dict[int, torch.Tensor] | None = None) -> object:
+    """Copy a batch, a tensor or tuples, lists and dicts of them, to the meta device.
 
+    A view of a larger tensor takes only its own bytes, as in a copy to a device.
 
-@contextlib.contextmanager
-def kernels_of(device: str) -> Iterator[None]:
-    """Choose the kernels that a step on ``device`` would run ("cpu" or "cuda")."""
-    token = _fused_dropout.set(device == "cuda")
-    try:
-        yield
-    finally:
-        _fused_dropout.reset(token)
-
-
-_fused_dropout = contextvars.ContextVar("fused_dropout", default=False)
-_library = torch.library.Library("aten", "IMPL")
-
-
-@torch.library.impl(_library, "dropout", "AutogradMeta")
-def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
-    """Drop out on meta tensors alone, as the CPU or as CUDA's fused kernel does it.
-
-    The fused one keeps a bool mask, 1 byte an element, where a CPU keeps a float one.
-    Source: ``is_fused_kernel_acceptable`` in aten/src/ATen/native/Dropout.cpp.
+    Args:
+        made: copies by their tensor's id; a tensor that comes twice is copied once.
     """
-    if not train or p == 0:
-        return input
-    if _fused_dropout.get() and p < 1:
-        return torch.native_dropout(input, p, train)[0]
-    noise = torch.empty_like(input).bernoulli_(1 - p)
-    return input * (noise.div_(1 - p) if p < 1 else noise)
+    made = {} if made is None else made
+    if isinstance(batch, torch.Tensor):
+        if id(batch) not in made:
+            empty = torch.empty_like(batch, device="meta", requires_grad=False)
+            made[id(batch)] = empty.requires_grad_(batch.requires_grad)
+        return made[id(batch)]
+    if isinstance(batch, dict):
+        return {key: meta_batch(value, made) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(meta_batch(item, made) for item in batch)
+    return batch
 
 
 def like_cuda(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -124,18 +104,35 @@ class RememberedShapes:
         except TypeError:  # an argument that cannot be hashed
             return func(*args, **kwargs)
         if answer is None:
-            out = func(*args, **kwargs)
+            _check_types(func, args)
+            out = on_host(func, func(*args, **kwargs))
             if len(self._answers) > 20_000:
                 self._answers.clear()
             described = _describe(out, (*args, *kwargs.values()))
+            if isinstance(described, int) and torch.Tag.inplace_view in func.tags:
+                described = None  # transpose_ and its like change their argument
             self._answers[key] = _ASK_AGAIN if described is None else described
             return out
         if answer is _ASK_AGAIN:
-            return func(*args, **kwargs)
+            return on_host(func, func(*args, **kwargs))
         return _make(answer, (*args, *kwargs.values()))
 
 
 _ASK_AGAIN = object()
+_PRODUCTS = {
+    getattr(torch.ops.aten, name)
+    for name in ("mm", "addmm", "bmm", "baddbmm", "convolution")
+}
+
+
+def _check_types(func: torch._ops.OpOverload, args: tuple) -> None:
+    """Refuse to multiply numbers of two types, which meta kernels let pass."""
+    types = {arg.dtype for arg in args if isinstance(arg, torch.Tensor)}
+    if len(types) > 1 and func.overloadpacket in _PRODUCTS:
+        names = " and ".join(
+            sorted(str(dtype).removeprefix("torch.") for dtype in types)
+        )
+        raise RuntimeError(f"it multiplies {names}, which have to be of one type")
 
 
 def _signature(value: object) -> object:

@@ -8,13 +8,16 @@ and lifetimes but no data, and gives the same bytes.
 
 import contextlib
 import dataclasses
+import random
 import statistics
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
 from torch import nn
 
+from helpers.autocast import autocast_on_meta, without_autocast
 from helpers.checkpointing import Plan, checkpointed
+from helpers.cpu_limit import counted_anew, uncounted
 from helpers.devices import (
     allocator_bytes,
     free_memory,
@@ -42,6 +45,7 @@ OptimizerFactory = Callable[..., torch.optim.Optimizer]
 _shapes = RememberedShapes()
 
 
+@uncounted()
 def predict(
     model_or_factory: nn.Module | Callable[[], nn.Module],
     batch: object,
@@ -49,6 +53,7 @@ def predict(
     *,
     loss: Loss | None = None,
     optimizer: OptimizerFactory | None = None,
+    autocast: torch.dtype | None = None,
     device: str = "cuda",
     **checkpoint_options,
 ) -> StepReport:
@@ -57,11 +62,13 @@ def predict(
     Args:
         model_or_factory: a model on any device, left as it is, or a function that
             makes one.
-        batch: ``x`` or ``(x, target)``; tensors on any device, the meta one included.
+        batch: ``x`` or ``(x, target)``, where ``x`` may be a dict of keyword
+            arguments; tensors on any device, the meta one included.
         plan: which layers are checkpointed.
         loss: called with the output, and the target where there is one; default:
             cross-entropy with a target, ``output.sum()`` without.
         optimizer: called with the parameters, e.g. ``torch.optim.AdamW``.
+        autocast: the lower precision in which autocast runs forward and loss, if any.
         device: "cpu" or "cuda", whose kernels and defaults are assumed.
         checkpoint_options: see ``checkpointed``.
 
@@ -76,11 +83,14 @@ def predict(
         made = optimizer(model.parameters()) if optimizer else None
         if made and device == "cuda":
             like_cuda(made)
-        step = training_step(model, batch, loss, made)
+        step = training_step(model, batch, loss, made, autocast)
         # What the host keeps, an optimizer's step count say, is no GPU memory.
         devices = ("meta",) if device == "cuda" else ("meta", "cpu")
         record = {"batch": batch, "optimizer": made, "devices": devices, "run": _shapes}
-        with checkpointed(model, plan, **checkpoint_options), kernels_of(device):
+        cast = contextlib.nullcontext()
+        if autocast:
+            cast, record["run"] = autocast_on_meta(device), without_autocast(_shapes)
+        with checkpointed(model, plan, **checkpoint_options), kernels_of(device), cast:
             if made:
                 record_timeline(step, model, **record)  # makes the optimizer's state
             timeline = record_timeline(step, model, **record)
@@ -95,6 +105,7 @@ def measure(
     *,
     loss: Loss | None = None,
     optimizer: OptimizerFactory | None = None,
+    autocast: torch.dtype | None = None,
     device: str | None = None,
     repeats: int = 10,
     warmup: int = 2,
@@ -103,8 +114,9 @@ def measure(
     """Measure the peak and the time of one training step, in separate passes.
 
     Args:
-        model, batch, plan, loss, optimizer: as in ``predict``. The model is trained
-            for some steps and then put back: parameters, buffers, gradients, mode.
+        model, batch, plan, loss, optimizer, autocast: as in ``predict``. The model is
+            trained for some steps and then put back: parameters, buffers, gradients,
+            mode.
         device: where to run; default: where the model is. Elsewhere a copy is run.
         repeats: timed steps, of which the median and quartiles are reported.
         warmup: steps before anything is measured; at least one is run.
@@ -121,6 +133,7 @@ def measure(
         [plan],
         loss=loss,
         optimizer=optimizer,
+        autocast=autocast,
         device=device,
         repeats=repeats,
         warmup=warmup,
@@ -136,16 +149,19 @@ def measure_plans(
     *,
     loss: Loss | None = None,
     optimizer: OptimizerFactory | None = None,
+    autocast: torch.dtype | None = None,
     device: str | None = None,
     repeats: int = 10,
     warmup: int = 2,
     between_steps: Callable[[], None] = lambda: None,
+    shuffle: random.Random | None = None,
     **checkpoint_options,
 ) -> list[StepReport]:
     """Measure several plans in one interleaved run, so that times can be compared.
 
     Args and errors: as ``measure``.
         between_steps: called before each step; may raise to end the measurement.
+        shuffle: puts the plans of each round of timed steps in an order of its own.
     """
     measuring = measuring_plans(
         model,
@@ -153,9 +169,11 @@ def measure_plans(
         plans,
         loss=loss,
         optimizer=optimizer,
+        autocast=autocast,
         device=device,
         repeats=repeats,
         warmup=warmup,
+        shuffle=shuffle,
         **checkpoint_options,
     )
     while True:
@@ -176,9 +194,11 @@ def measuring_plans(
     *,
     loss: Loss | None = None,
     optimizer: OptimizerFactory | None = None,
+    autocast: torch.dtype | None = None,
     device: str | None = None,
     repeats: int = 10,
     warmup: int = 2,
+    shuffle: random.Random | None = None,
     **checkpoint_options,
 ) -> Generator[None, None, list[StepReport]]:
     """Measure as ``measure_plans`` does, one training step for each ``next``.
@@ -187,22 +207,25 @@ def measuring_plans(
     model is put back then too. The reports are the generator's return value.
     """
     device = usable_device(model, device)
-    settings = {"loss": loss, "optimizer": optimizer} | checkpoint_options
-    needed_bytes = max(
+    settings = {"loss": loss, "optimizer": optimizer, "autocast": autocast}
+    settings |= checkpoint_options
+    needed_bytes, fixed_bytes = max(
         _needed_bytes(model, batch, plan, device, settings) for plan in plans
     )
     if needed_bytes > memory_bytes(device):
-        raise torch.OutOfMemoryError(too_large(device, needed_bytes))
+        raise torch.OutOfMemoryError(too_large(device, needed_bytes, fixed_bytes))
     try:
         return (
-            yield from _steps(model, batch, plans, device, repeats, warmup, **settings)
+            yield from _steps(
+                model, batch, plans, device, repeats, warmup, shuffle, **settings
+            )
         )
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
     # The failed step's tensors hang on the refusal's traceback, and are gone only here.
     free_memory(device)
-    raise torch.OutOfMemoryError(too_large(device, needed_bytes))
+    raise torch.OutOfMemoryError(too_large(device, needed_bytes, fixed_bytes))
 
 
 def _steps(
@@ -212,20 +235,22 @@ def _steps(
     device: str,
     repeats: int,
     warmup: int,
+    shuffle: random.Random | None,
     *,
     loss: Loss | None,
     optimizer: OptimizerFactory | None,
+    autocast: torch.dtype | None,
     **checkpoint_options,
 ) -> Generator[None, None, list[StepReport]]:
     """Run the steps of ``measuring_plans``, one for each ``next``."""
     model, batch = placed(model, batch, device)
     with left_as_found(model, trains=optimizer is not None):
         made = optimizer(model.parameters()) if optimizer else None
-        step = training_step(model, batch, loss, made)
+        step = training_step(model, batch, loss, made, autocast)
 
         @contextlib.contextmanager
         def applied(plan: Plan) -> Iterator[None]:
-            with torch.random.fork_rng(), torch.enable_grad():
+            with uncounted(), torch.random.fork_rng(), torch.enable_grad():
                 with checkpointed(model, plan, **checkpoint_options):
                     yield
 
@@ -233,7 +258,7 @@ def _steps(
         for plan in plans:
             for _ in range(max(1, warmup)):
                 yield
-                with applied(plan):
+                with applied(plan), counted_anew(made):
                     step()
             yield
             with applied(plan):
@@ -247,8 +272,11 @@ def _steps(
                 report = dataclasses.replace(report, **counted)
             reports.append(report)
         samples: list[list[float]] = [[] for _ in plans]
+        one_round = list(zip(plans, samples, strict=True))
         for _ in range(repeats):
-            for plan, times in zip(plans, samples, strict=True):
+            if shuffle:
+                shuffle.shuffle(one_round)
+            for plan, times in one_round:
                 yield
                 with applied(plan):
                     times.append(time_step_ms(step, device))
@@ -260,14 +288,18 @@ def _steps(
 
 def _needed_bytes(
     model: nn.Module, batch: object, plan: Plan, device: str, settings: dict
-) -> int:
-    """Predict the peak; 0 for a step that looks at values, which meta tensors lack."""
+) -> tuple[int, int]:
+    """Predict the peak, and the part of it that no batch and no plan can change.
+
+    0 for a step that looks at values, which meta tensors lack.
+    """
     try:
-        return predict(model, batch, plan, device=device, **settings).peak_bytes
+        report = predict(model, batch, plan, device=device, **settings)
     except (RuntimeError, ValueError) as error:
         if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
-            return 0
+            return 0, 0
         raise
+    return report.peak_bytes, report.timeline.fixed_bytes
 
 
 def report_of(timeline: Timeline, plan: Plan, device: str, source: str) -> StepReport:

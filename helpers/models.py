@@ -80,3 +80,32 @@ def uniform_mlp(
     if not isinstance(depth, int) or depth < 1:
         raise ValueError(f"depth must be a positive whole number, got {depth}")
     return MLP([width] * (depth + 1) + [10], activation, dropout)
+
+
+class TanhGELU(nn.Module):
+    """GELU by a tanh, written out operation by operation, as some models have it.
+
+    Source: Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415, section 2.
+    """
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        bent = torch.tanh(0.7978845608 * (h + 0.044715 * h**3))
+        return 0.5 * h * (1 + bent)
+
+
+def unequal_blocks(width: int = 1024) -> nn.Sequential:
+    """Build five blocks that differ in weights, in kept tensors and in work.
+
+    ``wide``, ``pointwise`` (without products), ``deep`` and ``narrow`` map ``width``
+    features to as many, and ``head`` to four times as many.
+    """
+    if not isinstance(width, int) or width < 4:
+        raise ValueError(f"width must be a whole number of at least 4, got {width}")
+    blocks = {
+        "wide": MLP([width, 4 * width, width], "gelu"),
+        "pointwise": nn.Sequential(nn.LayerNorm(width), TanhGELU()),
+        "deep": MLP([width] * 4, "relu"),
+        "narrow": MLP([width, width // 4, width], "gelu"),
+        "head": nn.Linear(width, 4 * width),
+    }
+    return nn.Sequential(OrderedDict(blocks))

@@ -4,7 +4,8 @@ One hue has one meaning everywhere. What is predicted is hollow, what is measure
 filled. Memory axes start at zero.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -39,6 +40,7 @@ PHASE_COLORS = {
     "optimizer": "#F4F4F4",
 }
 INK, QUIET = "#222222", "#707070"
+RECORDED = "#A8A8A8"  # what another machine measured: filled, and grey
 LINES = ("#222222", "#009E73", "#CC79A7", "#A6761D")  # hues that mean nothing else
 
 
@@ -152,7 +154,9 @@ def _mark_peak(ax: Axes, timeline: Timeline, size: int, measured: bool) -> None:
 
 
 def _layer(module: str) -> str:
-    return module.partition(".")[0]
+    """Name the layer that a module lies in: up to its first number, blocks.3 say."""
+    layer = re.match(r"(?:[^.\d]+\.)*[^.\d]*\d[^.]*", module)
+    return layer[0] if layer else module.partition(".")[0]
 
 
 def _plot_strip(ax: Axes, timeline: Timeline) -> None:
@@ -241,15 +245,16 @@ def _label_plans(ax: Axes, reports: Mapping[str, StepReport]) -> None:
         ax.set_xticks(range(len(reports)), list(reports))
 
 
-def _label_above(ax: Axes, x: float, y: float, text: str, **style) -> None:
+def _label_above(
+    ax: Axes, x: float, y: float, text: str, rise: float = 3, **style
+) -> None:
     ax.annotate(
         text,
         (x, y),
-        (0, 3),
+        (0, rise),
         textcoords="offset points",
         ha="center",
-        va="bottom",
-        **({"color": INK} | style),
+        **({"color": INK, "va": "bottom"} | style),
     )
 
 
@@ -281,21 +286,29 @@ def _label_categories(ax: Axes, reports: Sequence[StepReport], size: int) -> Non
         bottom += height
 
 
-def plot_times(ax: Axes, reports: Mapping[str, StepReport]) -> None:
-    """Draw median step times with their quartiles, and the change from the first."""
-    first = next(iter(reports.values()))
-    top = 0.0
-    for place, report in enumerate(reports.values()):
-        if report.step_ms is None:
-            continue
-        low, high = report.step_ms_quartiles
-        ax.plot([place, place], [low, high], color=INK, lw=6, alpha=0.25)
-        ax.plot(place, report.step_ms, "o", ms=5, color=INK)
-        text = format_ms(report.step_ms)
-        if report is not first:
-            text += f"\n{format_change(report.step_ms, first.step_ms)}"
-        _label_above(ax, place, high, text, size=8)
-        top = max(top, high)
+def plot_times(
+    ax: Axes,
+    reports: Mapping[str, StepReport],
+    recorded: Mapping[str, StepReport] | None = None,
+) -> None:
+    """Draw median step times with their quartiles, and the change from the first.
+
+    Args:
+        recorded: what another machine measured, by the same names; drawn in grey.
+    """
+    timed = [
+        ({name: r for name, r in found.items() if r.step_ms is not None}, color)
+        for found, color in ((reports, INK), (recorded or {}, RECORDED))
+    ]
+    highs = [r.step_ms_quartiles[1] for found, _ in timed for r in found.values()]
+    top = max(highs, default=0.0)
+    for place, name in enumerate(reports):
+        here = [(found, color) for found, color in timed if name in found]
+        for found, color in here:
+            side = (len(here) - 1) * (-0.13 if color == INK else 0.13)
+            above = [other[name].step_ms - found[name].step_ms for other, _ in here]
+            is_close = any(0 < ms < 0.35 * top for ms in above)
+            _mark_time(ax, place + side, found, name, color, below=is_close)
     _label_plans(ax, reports)
     ax.set_ylim(0, top * 1.5 or 1)
     ax.set_ylabel("ms")
@@ -314,6 +327,29 @@ def plot_times(ax: Axes, reports: Mapping[str, StepReport]) -> None:
         )
 
 
+def _mark_time(
+    ax: Axes,
+    x: float,
+    reports: Mapping[str, StepReport],
+    name: str,
+    color: str,
+    below: bool,
+) -> None:
+    """Draw one median with its quartiles, and write it above or below."""
+    report, first = reports[name], next(iter(reports.values()))
+    low, high = report.step_ms_quartiles
+    ax.plot([x, x], [low, high], color=color, lw=6, alpha=0.25)
+    ax.plot(x, report.step_ms, "o", ms=5, color=color)
+    text = format_ms(report.step_ms)
+    if report is not first:
+        text += f"\n{format_change(report.step_ms, first.step_ms)}"
+    ink = INK if color == INK else QUIET
+    if below:
+        _label_above(ax, x, low, text, size=8, color=ink, va="top", rise=-4)
+    else:
+        _label_above(ax, x, high, text, size=8, color=ink)
+
+
 def extra_work(report: StepReport) -> float:
     """Recomputed FLOPs as % of a step without checkpointing.
 
@@ -325,36 +361,44 @@ def extra_work(report: StepReport) -> float:
 
 def plot_tradeoff(
     ax: Axes,
-    predicted: Sequence[StepReport],
+    predicted: Iterable[StepReport],
     measured: Sequence[tuple[StepReport, StepReport]] = (),
     *,
+    recorded: Sequence[tuple[StepReport, StepReport]] = (),
     labels: Mapping[int, str] | None = None,
     top_bytes: int | None = None,
 ) -> None:
     """Draw memory against extra work: a ring for each prediction, a dot if measured.
 
     Args:
-        predicted: the reports; a ring at their extra FLOPs.
+        predicted: reports, or rows of a sweep's table; a ring at their extra FLOPs.
         measured: pairs (report, the unchecked model's in the same run); a dot at the
             extra time.
+        recorded: such pairs that another machine measured; a grey dot.
         labels: names for some of the rings, by place in ``predicted``.
         top_bytes: upper end of the memory axis; default: the highest peak.
     """
+    predicted = list(predicted)
     size = memory_axis(ax, top_bytes or max(r.peak_bytes for r in predicted))
     rings = [(extra_work(r), r.peak_bytes / size) for r in predicted]
-    dots = [
-        (100 * (report.step_ms / base.step_ms - 1), report.peak_bytes / size)
-        for report, base in measured
-    ]
+    dots, grey_dots = (
+        [
+            (100 * (report.step_ms / base.step_ms - 1), report.peak_bytes / size)
+            for report, base in pairs
+        ]
+        for pairs in (measured, recorded)
+    )
     named = [ring for place, ring in enumerate(rings) if place in (labels or {})]
     for points, style in (
+        (grey_dots, {"mfc": RECORDED, "mec": RECORDED}),
         (rings, {"mfc": "none", "mec": "#A8A8A8"}),
         (dots, {"mfc": INK, "mec": INK}),
         (named, {"mfc": "none", "mec": INK}),
     ):
         ax.plot(*zip(*points or [((), ())], strict=True), "o", clip_on=False, **style)
-    right = max([40.0, *(x for x, _ in rings + dots)])
-    ax.set_xlim(-0.03 * right, right * 1.1)
+    right = max([40.0, *(x for x, _ in rings + dots + grey_dots)])
+    left = min([0.0, *(x for x, _ in dots + grey_dots)])  # times vary, and may be below
+    ax.set_xlim(left - 0.03 * right, right * 1.1)
     for place, text in (labels or {}).items():
         x, y = rings[place]
         near_end = x > 0.8 * ax.get_xlim()[1]
@@ -367,7 +411,11 @@ def plot_tradeoff(
             size=8,
             color=INK,
         )
-    ax.set_xlabel("extra work, % of a step: ○ FLOPs  ● time")
+    ax.set_xlabel(
+        "extra work, %: ○ FLOPs  ● time, grey: recorded"
+        if grey_dots
+        else "extra work, % of a step: ○ FLOPs  ● time"
+    )
 
 
 def plot_lines(
@@ -388,14 +436,127 @@ def plot_lines(
     for (name, values), color in zip(series.items(), colors, strict=False):
         y = np.asarray(values) / size
         ax.plot(x, y, "o-", ms=4.5, color=color, mfc=color if measured else "white")
+        _name_at_end(ax, x[-1], y[-1], name, color)
+    ax.set_xlabel(xlabel)
+
+
+def plot_frontier(
+    ax: Axes,
+    limits_bytes: Sequence[int],
+    predicted: Mapping[str, Sequence[int]],
+    confirmed: Mapping[str, Mapping[int, int]],
+) -> None:
+    """Draw the largest batch against the memory limit, a line for each plan.
+
+    Args:
+        predicted: rows at each limit, by the plan's name, which is written at its end.
+        confirmed: rows by limit, by the same names, where they were run.
+    """
+    size, unit = memory_unit(max(limits_bytes))
+    x = np.asarray(limits_bytes) / size
+    for (name, rows), color in zip(predicted.items(), LINES, strict=False):
+        ax.plot(x, rows, "o-", ms=4.5, color=color, mfc="white")
+        for limit_bytes, run in confirmed[name].items():
+            ax.plot(limit_bytes / size, run, "o", ms=4.5, color=color)
+        _name_at_end(ax, x[-1], rows[-1], name, color)
+    ax.set_xlim(0, 1.03 * x[-1])
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel(f"memory limit, {unit}:  ○ predicted  ● run")
+    ax.set_ylabel("rows in the largest batch")
+
+
+def plot_agreement(
+    ax: Axes,
+    x: Sequence[float],
+    by_hand: Mapping[str, Sequence[float]],
+    predicted: Mapping[str, Sequence[StepReport]],
+    measured: Mapping[str, Sequence[StepReport]] | None = None,
+    *,
+    xlabel: str,
+) -> None:
+    """Draw peaks above the baseline: a formula's line, rings if predicted, dots if
+    measured.
+
+    Args:
+        by_hand: bytes at each ``x``, by the series' name, which is written at its end.
+        predicted, measured: a report at each ``x``, by the same names.
+    """
+
+    def above(reports: Sequence[StepReport]) -> np.ndarray:
+        return np.array([r.peak_bytes - r.baseline_bytes for r in reports])
+
+    rings = {name: above(reports) for name, reports in predicted.items()}
+    size = memory_axis(ax, max(map(max, rings.values())))
+    for (name, y), color in zip(rings.items(), LINES, strict=False):
+        ax.plot(x, np.asarray(by_hand[name]) / size, color=color, lw=1)
+        ax.plot(x, y / size, "o", ms=7, mfc="white", mec=color)
+        if measured:
+            ax.plot(x, above(measured[name]) / size, "o", ms=3, color=color)
+        _name_at_end(ax, x[-1], y[-1] / size, name, color)
+    dots = "  ● measured" if measured else ""
+    ax.set_xlabel(f"{xlabel}:  — by hand  ○ predicted{dots}")
+
+
+def _name_at_end(ax: Axes, x: float, y: float, name: str, color: str) -> None:
+    ax.annotate(
+        name,
+        (x, y),
+        (8, 0),
+        textcoords="offset points",
+        va="center",
+        weight="bold",
+        color=color,
+        annotation_clip=False,
+    )
+
+
+def plot_runs(ax: Axes, times_ms: Mapping[str, Sequence[float]]) -> None:
+    """Draw every run of a few plans in its turn, and each plan's median as a line."""
+    longest = max(map(len, times_ms.values()))
+    medians = {name: float(np.median(times)) for name, times in times_ms.items()}
+    for (name, times), color in zip(times_ms.items(), LINES, strict=False):
+        middle = medians[name]
+        ax.plot(range(1, len(times) + 1), times, "o", ms=3.5, color=color)
+        ax.plot([1, longest], [middle, middle], color=color, lw=1)
+        rank = sorted(medians.values()).index(middle)
         ax.annotate(
-            name,
-            (x[-1], y[-1]),
-            (8, 0),
+            f"{name}: {format_ms(middle)}",
+            (longest, middle),
+            (8, 14 * rank - 7 * (len(medians) - 1)),  # apart, where the lines are not
             textcoords="offset points",
             va="center",
             weight="bold",
             color=color,
             annotation_clip=False,
         )
-    ax.set_xlabel(xlabel)
+    ax.set_ylim(0, 1.04 * max(map(max, times_ms.values())))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_ylabel("ms")
+    ax.set_xlabel("run; the line is the median")
+
+
+def plot_ranks(
+    ax: Axes,
+    values: Mapping[str, float | None],
+    *,
+    number: str = "{:,.1f}",
+    measured: bool = False,
+) -> None:
+    """Draw a bar for each name from the top down, with its number beside it.
+
+    Args:
+        values: None where there is no number; a dash is drawn.
+        number: the format of the numbers.
+        measured: whether the bars are filled.
+    """
+    lengths = [value or 0 for value in values.values()]
+    top = max(*lengths, 1e-9)
+    ax.barh(list(values), lengths, color=INK if measured else "white", edgecolor=INK)
+    for place, value in enumerate(values.values()):
+        text = "–" if value is None else number.format(value)
+        at = max(value or 0, 0) + 0.03 * top
+        ax.text(at, place, text, va="center", size=8, color=INK)
+    ax.invert_yaxis()
+    ax.set_xlim(min(0, *lengths), 1.45 * top)
+    ax.set_xticks([])
+    ax.grid(False)

@@ -25,6 +25,7 @@ class StepReport:
     plan: Plan = Plan()
     repeats: int = 0  # how many runs the median is of
     workspace_bytes: int = 0  # cuBLAS's own, not in peak_bytes
+    reserved_bytes: int = 0  # most that CUDA's allocator took from the GPU, for all
     timeline: Timeline | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict:

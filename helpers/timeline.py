@@ -170,6 +170,15 @@ class Timeline:
                 row.append(now[category])
         return rows
 
+    @property
+    def fixed_bytes(self) -> int:
+        """Parameters, gradients and optimizer state when the step is over.
+
+        They are there with any batch and any plan.
+        """
+        last = {category: row[-1] for category, row in self.levels().items()}
+        return last["parameter"] + last["gradient"] + last["optimizer_state"]
+
     def __repr__(self) -> str:
         peak, after = map(format_bytes, (self.peak_bytes, self.after_forward_bytes))
         event = self._cause()

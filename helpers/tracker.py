@@ -86,7 +86,7 @@ def call(func: Callable, args: tuple, kwargs: dict) -> object:
     return func(*args, **kwargs)
 
 
-def _flops(func: torch._ops.OpOverload, args: tuple, kwargs: dict, out) -> int:
+def flops_of(func: torch._ops.OpOverload, args: tuple, kwargs: dict, out) -> int:
     """Count FLOPs as ``torch.utils.flop_counter`` does, once for each shape."""
     if func.overloadpacket not in flop_registry:
         return 0
@@ -201,7 +201,7 @@ class Tracker(TorchDispatchMode):
         self.last_phase = phase
         if func is not LIFT_FRESH:
             self._notice(args, phase)
-        self.flops[phase] += _flops(func, args, kwargs, out)
+        self.flops[phase] += flops_of(func, args, kwargs, out)
         for tensor in (out,) if isinstance(out, torch.Tensor) else tensors_in(out):
             storage = tensor.untyped_storage()
             if storage._cdata not in self.alive and tensor.device.type in self.devices:

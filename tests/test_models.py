@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from helpers.models import MLP, DocsMLP, uniform_mlp
+from helpers.models import MLP, DocsMLP, TanhGELU, unequal_blocks, uniform_mlp
 
 FUNCTIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 
@@ -86,3 +86,34 @@ def test_a_uniform_mlp_has_equal_hidden_layers_and_ten_outputs():
     for depth in (0, 2.0):
         with pytest.raises(ValueError, match="depth"):
             uniform_mlp(depth)
+
+
+def test_tanh_gelu_is_gelu_by_a_tanh_and_keeps_four_tensors():
+    h, kept = torch.randn(64, 8, requires_grad=True), set()
+
+    def note(tensor):
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = TanhGELU()(h)
+    torch.testing.assert_close(out, F.gelu(h, approximate="tanh"))
+    assert len(kept) == 4  # h, the tanh, and the two factors of the product
+
+
+def test_unequal_blocks_follow_each_other():
+    model, x = unequal_blocks(8), torch.randn(3, 8)
+    shapes = [x.shape[1]]
+    for block in model:
+        x = block(x)
+        shapes.append(x.shape[1])
+    assert shapes == [8, 8, 8, 8, 8, 32]
+    weights = {
+        name: sum(p.numel() for p in b.parameters())
+        for name, b in model.named_children()
+    }
+    assert max(weights, key=weights.get) == "wide"
+    assert min(weights, key=weights.get) == "pointwise"
+    for width in (3, 8.0):
+        with pytest.raises(ValueError, match="at least 4"):
+            unequal_blocks(width)

@@ -20,8 +20,12 @@ from helpers.plots import (
     extra_work,
     memory_axis,
     memory_unit,
+    plot_agreement,
+    plot_frontier,
     plot_lines,
     plot_peaks,
+    plot_ranks,
+    plot_runs,
     plot_timeline,
     plot_times,
     plot_tradeoff,
@@ -142,6 +146,15 @@ def test_the_tradeoff_has_a_ring_for_each_prediction_and_a_dot_if_measured(ax, r
     assert texts(ax) == ["pairs"]
 
 
+def test_the_tradeoff_has_room_for_a_plan_that_was_measured_faster(ax, reports):
+    timed = [
+        dataclasses.replace(report, step_ms=ms, step_ms_quartiles=(ms, ms))
+        for report, ms in zip(reports, (10, 6), strict=True)
+    ]
+    plot_tradeoff(ax, reports, [(timed[1], timed[0])])
+    assert ax.get_xlim()[0] < -40
+
+
 def test_lines_are_named_at_their_ends(ax):
     plot_lines(ax, [1, 2], {"relu": [MIB, 4 * MIB], "gelu": [2, 3]}, xlabel="pieces")
     assert texts(ax) == ["relu", "gelu"]
@@ -177,3 +190,59 @@ def test_the_labs_palette_holds_every_hue(hue):
     pixel = np.array([[[*rgb.round(), 255]]], np.uint8)
     shown = PALETTE[picture.indexed(pixel)[0, 0]]
     assert np.abs(shown - rgb).max() <= 4
+
+
+def test_formula_prediction_and_measurement_are_told_apart(ax, reports):
+    peaks = [(r.peak_bytes - r.baseline_bytes) / MIB for r in reports]
+    by_hand, dry = {"gelu": [MIB, 2 * MIB]}, {"gelu": reports}
+    plot_agreement(ax, [1, 2], by_hand, dry, dry, xlabel="pieces")
+    line, rings, dots = ax.lines
+    assert list(line.get_ydata()) == [1, 2] and line.get_marker() == "None"
+    assert list(rings.get_ydata()) == list(dots.get_ydata()) == peaks
+    assert rings.get_markerfacecolor() == "white" != dots.get_markerfacecolor()
+    assert rings.get_markersize() > dots.get_markersize()
+    assert texts(ax) == ["gelu"] and "● measured" in ax.get_xlabel()
+    ax.clear()
+    plot_agreement(ax, [1, 2], by_hand, dry, xlabel="pieces")
+    assert len(ax.lines) == 2 and "measured" not in ax.get_xlabel()
+
+
+def test_the_frontier_fills_what_was_run_and_starts_at_zero(ax):
+    limits = [8 * MIB, 16 * MIB]
+    rows = {"none": [100, 200], "pairs": [150, 300]}
+    plot_frontier(ax, limits, rows, {"none": {}, "pairs": {16 * MIB: 300}})
+    none, pairs, run = ax.lines
+    assert list(none.get_xdata()) == list(pairs.get_xdata()) == [8, 16]
+    assert list(none.get_ydata()) == [100, 200]
+    assert list(zip(*run.get_data(), strict=True)) == [(16, 300)]
+    assert none.get_markerfacecolor() == pairs.get_markerfacecolor() == "white"
+    assert run.get_markerfacecolor() == run.get_color() == pairs.get_color()
+    assert texts(ax) == ["none", "pairs"] and "MiB" in ax.get_xlabel()
+    assert ax.get_xlim()[0] == ax.get_ylim()[0] == 0
+
+
+def test_every_run_is_a_dot_and_the_median_a_line(ax):
+    plot_runs(ax, {"none": [9.0, 1.0, 2.0], "alone": [2.5, 3.0, 2.0]})
+    dots, line, *others = ax.lines
+    assert list(dots.get_ydata()) == [9, 1, 2] and list(dots.get_xdata()) == [1, 2, 3]
+    assert list(line.get_ydata()) == [2, 2] and list(others[1].get_ydata()) == [2.5] * 2
+    assert dots.get_color() == line.get_color() != others[0].get_color()
+    assert texts(ax) == ["none: 2 ms", "alone: 2.5 ms"]
+    low, high = (text.xyann[1] for text in ax.texts)
+    assert high - low >= 14  # their lines are half a millisecond apart
+    assert ax.get_ylim()[0] == 0
+
+
+def test_ranks_are_bars_from_the_top_with_their_numbers(ax):
+    plot_ranks(ax, {"wide": 4.0, "narrow": 0.5, "noisy": None}, number="{:.2f}")
+    assert [bar.get_width() for bar in ax.patches] == [4, 0.5, 0]
+    assert texts(ax) == ["4.00", "0.50", "–"] and ax.yaxis_inverted()
+    assert to_hex(ax.patches[0].get_facecolor()) == "#ffffff"
+    ax.clear()
+    plot_ranks(ax, {"wide": 4.0}, measured=True)
+    assert to_hex(ax.patches[0].get_facecolor()) != "#ffffff"
+
+
+def test_the_trade_off_takes_the_rows_of_a_table_once(ax, reports):
+    plot_tradeoff(ax, iter(reports))
+    assert len(ax.lines[0].get_xdata()) == len(reports)
