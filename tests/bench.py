@@ -4,11 +4,13 @@ Run by ``make bench``. What is compared runs in turns, so that both meet the sam
 conditions; the ratio is that of the medians.
 """
 
+import dataclasses
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -17,14 +19,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from helpers import controls
+from helpers.chain import Chain
 from helpers.checkpointing import Plan
 from helpers.controls import LayerLab
 from helpers.dry_run import meta_model
 from helpers.measure import measure_plans, predict
 from helpers.models import DocsMLP, uniform_mlp
+from helpers.planner import best_plan, least_peak_bytes, pareto
 from helpers.step import training_step
 from helpers.timeline import record_timeline
 from tests import browser
+from tests.chains import equal_chain, every_plan, mixed_chain, whole_front
+from tests.nested import nested_least_cost
 
 SETTINGS = {"depth": 8, "width": 1024, "activation": "gelu"}
 
@@ -184,6 +190,76 @@ def time_pass_against_bare_loop(runs: int = 200) -> None:
     show_ratio("  measure to bare loop", [report.step_ms], bare, "within 1 %")
 
 
+def planner_by_length(lengths: tuple[int, ...] = (16, 32, 128)) -> None:
+    """Time exact plans, and the whole front, by the number of layers."""
+    targets = {32: "20 ms", 128: "200 ms"}
+    for n in lengths:
+        for name, chain in (
+            ("unequal", mixed_chain(n)),
+            ("equal", equal_chain(n, 16)),
+        ):
+            budgets = [point[0] for point in pareto(chain, 6)]
+            works = [partial(fresh_plan, chain, budget) for budget in budgets]
+            samples = [ms for column in in_turns(3, *works) for ms in column]
+            show(f"best_plan, {n} {name} layers", samples, targets.get(n, ""))
+    (samples,) = in_turns(5, lambda: pareto(dataclasses.replace(mixed_chain(32)), 50))
+    show("pareto, 50 points, 32 unequal layers", samples, "500 ms")
+
+
+def planner_within_a_gap() -> None:
+    """Time plans for long chains within a bound of the best."""
+    for n, gap, target in ((512, 0.015, "1000 ms"), (1000, 0.01, "7000 ms")):
+        for name, chain in (
+            ("unequal", mixed_chain(n)),
+            ("equal", equal_chain(n, 16)),
+        ):
+            least, most = least_peak_bytes(chain), chain.peak_bytes(Plan())
+            budgets = [least + (most - least) * tenth // 10 for tenth in (0, 1, 3, 6)]
+            samples = [
+                elapsed_ms(partial(fresh_plan, chain, budget, gap=gap))
+                for budget in budgets
+            ]
+            label = f"best_plan, {n} {name} layers, gap {100 * gap:g} %"
+            show(label, samples, target)
+
+
+def fresh_plan(chain: Chain, budget_bytes: int, gap: float = 0.0) -> Plan:
+    """Plan for a chain whose sums have not been found yet."""
+    return best_plan(dataclasses.replace(chain), budget_bytes, gap=gap)
+
+
+def planner_against_nested(lengths: tuple[int, ...] = (16, 32, 64)) -> None:
+    """Time one plan against the nested dynamic program, and compare their costs."""
+    for n in lengths:
+        chain = mixed_chain(n)
+        least, most = least_peak_bytes(chain), chain.peak_bytes(Plan())
+        budget = least + (most - least) // 20
+        cost = nested_least_cost(chain, budget)
+        works = (
+            partial(nested_least_cost, chain, budget),
+            partial(fresh_plan, chain, budget),
+        )
+        nested, own = ([elapsed_ms(work) for _ in range(3)] for work in works)
+        show(f"nested program, {n} unequal layers, 500 slots", nested)
+        show_ratio("  nested program to best_plan", nested, own, "")
+        ratio = chain.recompute_cost(best_plan(chain, budget)) / cost
+        print(f"{'  cost of best_plan to its':<46}{ratio:9.3f} ×")
+
+
+def planner_against_every_plan(n: int = 9, chains: int = 5) -> None:
+    """Count the points of whole fronts that the planner finds exactly."""
+    found = missed = plans = 0
+    for seed in range(chains):
+        chain = mixed_chain(n, seed)
+        every = whole_front(chain)
+        own = {point[:2] for point in pareto(chain)}
+        found += len(own & {point[:2] for point in every})
+        missed += len(own ^ {point[:2] for point in every})
+        plans += sum(1 for _ in every_plan(chain))
+    counted = f"{missed:9d} of {found + missed} points, of {plans} plans"
+    print(f"{'points unlike those of every plan':<46}{counted:<44}0")
+
+
 def main() -> None:
     """Print every row."""
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
@@ -193,6 +269,10 @@ def main() -> None:
     predict_against_memtracker()
     timeline_overhead()
     time_pass_against_bare_loop()
+    planner_by_length()
+    planner_within_a_gap()
+    planner_against_nested()
+    planner_against_every_plan()
 
 
 if __name__ == "__main__":
