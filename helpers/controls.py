@@ -20,11 +20,14 @@ from helpers.devices import memory_bytes, too_large
 from helpers.dry_run import meta_batch, meta_model
 from helpers.findings import finding
 from helpers.idle import IdleWork
+from helpers.inspection import inspect_model
 from helpers.measure import measuring_plans, predict
 from helpers.models import ACTIVATIONS, uniform_mlp
+from helpers.module_rows import ModuleRows
 from helpers.picture import HEIGHT, WIDTH, LabPicture, smaller
 from helpers.report import StepReport
-from helpers.rows import LayerRows, wide
+from helpers.rows import LayerRows, is_flat, wide
+from helpers.step import Loss
 from helpers.units import format_bytes, format_change, format_flops, format_ms
 
 AUTO_FLOPS = 4 * 10**9  # a CPU step of some 100 ms or less: measured unasked
@@ -38,9 +41,12 @@ class LayerLab(widgets.HBox):
     Args:
         model_factory: makes the model, from ``settings`` as keyword arguments.
         batch: rows of a random input, which the reader may change; or a tensor ``x``,
-            or ``(x, target)``, which stay.
+            a dict of keyword arguments, or ``(x, target)``, which stay.
         settings: what the reader may change of the model, with its first value.
         device: whose step is predicted.
+        loss: as in ``predict``.
+        tree: whether the rows are the model's modules as a tree, instead of its
+            children; default: if its children are more than layers of a chain.
 
     Attributes:
         boxes: a checkbox for each layer, by name.
@@ -53,11 +59,14 @@ class LayerLab(widgets.HBox):
     def __init__(
         self,
         model_factory: Callable[..., nn.Module] | nn.Module = uniform_mlp,
-        batch: int | torch.Tensor | tuple = 8192,
+        batch: int | torch.Tensor | tuple | dict = 8192,
         settings: dict[str, object] | None = None,
         device: str = "cuda",
+        loss: Loss | None = None,
+        tree: bool | None = None,
     ) -> None:
         self._factory, self._batch, self._device = model_factory, batch, device
+        self._loss, self._inspection = loss, None
         self.finding = ""
         self._tried: dict[tuple, dict[Plan, StepReport]] = {}
         self._measured: dict[tuple, dict[Plan, tuple[StepReport, StepReport]]] = {}
@@ -67,7 +76,10 @@ class LayerLab(widgets.HBox):
         self._pending: Callable | None = None
         self._work = IdleWork(self._guarded)
         self._drawer, self._png = LabPicture(), b""
-        self._rows = LayerRows(lambda: self._later(self._show))
+        if tree is None:
+            tree = self._wants_tree(settings or {})
+        kind = ModuleRows if tree else LayerRows
+        self._rows = kind(lambda: self._later(self._show))
         self.controls = self._make_controls(settings or {})
         self.shortcuts, shortcut_rows = self._make_shortcuts()
         self.measure_button = widgets.Button(
@@ -80,7 +92,7 @@ class LayerLab(widgets.HBox):
         right = [self.picture, self.readout]
         super().__init__(
             [
-                widgets.VBox(left, layout=wide(252, flex="0 0 auto")),
+                widgets.VBox(left, layout=wide(336 if tree else 252, flex="0 0 auto")),
                 widgets.VBox(right, layout=widgets.Layout(flex="1 1", min_width="0")),
             ]
         )
@@ -162,8 +174,8 @@ class LayerLab(widgets.HBox):
         self.piece.style.description_width = "24px"
         plans = {
             "none": Plan,
-            "each alone": lambda: Plan.alone(self.boxes),
-            "all joined": lambda: self._rows.pieces(len(self.boxes)),
+            "each alone": lambda: Plan.alone(self._rows.units),
+            "all joined": lambda: self._rows.pieces(len(self._rows.units)),
             "pieces": lambda: self._rows.pieces(self.piece.value),
         }
         buttons = {}
@@ -204,13 +216,27 @@ class LayerLab(widgets.HBox):
                 )
         settings = dict(wanted)
         rows = settings.pop("batch", None)
-        if isinstance(self._factory, nn.Module):
-            model = meta_model(self._factory)
-        else:
-            model = meta_model(lambda: self._factory(**settings))
+        model = self._meta_model(settings)
         batch = self._input(model, rows, "meta")
-        self._rows.rebuild(model)
-        self._model, self._meta_batch = model, batch
+        inspection = None
+        if isinstance(self._rows, ModuleRows):
+            inspection = inspect_model(
+                model, batch, loss=self._loss, device=self._device
+            )
+        self._rows.rebuild(model, inspection)
+        self._model, self._meta_batch, self._inspection = model, batch, inspection
+
+    def _meta_model(self, settings: dict[str, object]) -> nn.Module:
+        if isinstance(self._factory, nn.Module):
+            return meta_model(self._factory)
+        return meta_model(lambda: self._factory(**settings))
+
+    def _wants_tree(self, settings: dict[str, object]) -> bool:
+        """Say whether a model's children are more than layers; a failure is no tree."""
+        try:
+            return not is_flat(self._meta_model(settings))
+        except Exception:
+            return False  # which making it again will say
 
     def _input(self, model: nn.Module, rows: int | None, device: str) -> object:
         """Make the batch on a device: random rows, or what was given."""
@@ -261,13 +287,23 @@ class LayerLab(widgets.HBox):
         tried = self._tried.setdefault(self._key(), {})
         for wanted in (Plan(), plan):
             if wanted not in tried:
-                tried[wanted] = predict(
-                    self._model, self._meta_batch, wanted, device=self._device
-                )
+                tried[wanted] = self._predicted(wanted, self._device)
         self._draw()
         known = plan in self._measured.get(self._key(), {})
         if self._work.loop and not known and self._bearable(AUTO_FLOPS):
             self._work.start(self._measurement(), delay_s=0.4)
+
+    def _predicted(self, plan: Plan, device: str) -> StepReport:
+        try:
+            return predict(
+                self._model, self._meta_batch, plan, loss=self._loss, device=device
+            )
+        except RuntimeError:
+            found = self._inspection.hazards_of(plan) if self._inspection else []
+            for hazard in found:
+                if hazard.kind == "in place":
+                    raise ValueError(str(hazard)) from None
+            raise
 
     def _draw(self) -> None:
         plan, key = self._shown, self._key()
@@ -278,14 +314,14 @@ class LayerLab(widgets.HBox):
             report, base = measured[plan]
             before, after = _confirmed(before, base), _confirmed(after, report)
             note = self._measured_note(report, base)
-        kept = [report.timeline.kept_bytes() for report in (after, before)]
+        kept = [self._rows.kept(report.timeline) for report in (after, before)]
         self._rows.show_kept(plan, *kept)
         others = [
             report for other, report in tried.items() if other not in (plan, Plan())
         ]
         shown = [tried[Plan()], *others, *[tried[plan]] * bool(plan.segments)]
         self._png = self._drawer.draw(before, after, shown, list(measured.values()))
-        self._say(self.finding, note)
+        self._say(self.finding, note + self._caution(plan))
         source = base64.b64encode(self._png).decode()
         self.picture.value = (
             f'<img alt="{html.escape(self.finding)}" width="{WIDTH}" '
@@ -302,12 +338,20 @@ class LayerLab(widgets.HBox):
             f'font-size:14px;line-height:1.4">{html.escape(text)}{note}</div>'
         )
 
+    def _caution(self, plan: Plan) -> str:
+        """Say what is not safe in a plan's segments, where the modules are known."""
+        found = self._inspection.hazards_of(plan) if self._inspection else []
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        return f". Careful: {found[0]}{more}" if found else ""
+
     def _predicted_note(self) -> str:
         note = f"predicted for a {self._device.upper()} step"
         if self._bearable(AUTO_FLOPS):
             return f"{note}; the measurement follows"
         if self._bearable(CPU_FLOPS):
             return f"{note}; Measure runs it on this CPU"
+        if self._factory is self._model:
+            return f"{note}; this model has no data, so it cannot be measured"
         size = format_flops(self._step_flops())
         return f"{note}; {size} are too much to measure on this CPU"
 
@@ -318,6 +362,8 @@ class LayerLab(widgets.HBox):
         return 3 * report.forward_flops + report.recompute_flops
 
     def _bearable(self, flops: int) -> bool:
+        if self._factory is self._model:  # on the meta device: there is nothing to run
+            return False
         return torch.cuda.is_available() or self._step_flops() <= flops
 
     def _toggle_measuring(self) -> None:
@@ -344,6 +390,7 @@ class LayerLab(widgets.HBox):
                 model,
                 batch,
                 [plan, Plan()] if plan.segments else [plan],
+                loss=self._loss,
                 device=device,
                 repeats=REPEATS,
             )
@@ -353,6 +400,8 @@ class LayerLab(widgets.HBox):
         self._draw()
 
     def _check_bearable(self, device: str) -> None:
+        if self._factory is self._model:
+            raise ValueError("this model has no data, so it cannot be measured")
         if not self._bearable(CPU_FLOPS):
             raise ValueError(
                 f"one step of this size is {format_flops(self._step_flops())}, too "
@@ -371,9 +420,7 @@ class LayerLab(widgets.HBox):
         predicted = self._tried[self._key()][report.plan]
         word = "as predicted"
         if report.peak_bytes != predicted.peak_bytes:
-            predicted = predict(
-                self._model, self._meta_batch, report.plan, device=device
-            )
+            predicted = self._predicted(report.plan, device)
             word = f"predicted: {format_bytes(predicted.peak_bytes)}"
             if report.peak_bytes == predicted.peak_bytes:
                 word = f"as predicted for a {device.upper()} (dropout masks differ)"

@@ -21,10 +21,11 @@ def finding(before: StepReport, after: StepReport) -> str:
 def describe(plan: Plan) -> str:
     """Name a plan as one would say it: "layers 2–4 as one segment; 6 alone"."""
     names = plan.names
-    numbered = all(name.removeprefix("layer").isdigit() for name in names)
+    stem = names[0].rstrip("0123456789")  # of layer1, blocks.0 or 0
+    numbered = all(name.removeprefix(stem).isdigit() for name in names)
 
     def short(name: str) -> str:
-        return name.removeprefix("layer") if numbered else name
+        return name.removeprefix(stem) if numbered else name
 
     runs = [
         f"{short(segment[0])}–{short(segment[-1])}"
@@ -35,9 +36,14 @@ def describe(plan: Plan) -> str:
     parts = []
     if runs:
         ending = "as one segment" if len(runs) == 1 else "as segments"
-        parts.append(f"{', '.join(runs)} {ending}")
+        parts.append(f"{_listed(runs)} {ending}")
     if alone:
-        listed = ", ".join(alone) if len(alone) < 7 else f"{alone[0]}, …, {alone[-1]}"
-        parts.append(f"{listed} {'alone' if len(alone) == 1 else 'each alone'}")
-    noun = "" if not numbered else "layer " if len(names) == 1 else "layers "
-    return noun + "; ".join(parts)
+        parts.append(f"{_listed(alone)} {'alone' if len(alone) == 1 else 'each alone'}")
+    noun = stem.rstrip(".") or "layer"
+    one, many = noun.removesuffix("s"), noun if noun != "layer" else "layers"
+    noun = one if len(names) == 1 else many
+    return f"{noun} {'; '.join(parts)}" if numbered else "; ".join(parts)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) if len(names) < 7 else f"{names[0]}, …, {names[-1]}"

@@ -7,6 +7,7 @@ from torch import nn
 
 from helpers.checkpointing import Plan, follows, layer_names
 from helpers.plots import COLORS
+from helpers.timeline import Timeline
 from helpers.units import format_bytes
 
 
@@ -66,11 +67,14 @@ class LayerRows(widgets.VBox):
                 segments.append((name,))
         return Plan(tuple(segments))
 
-    def rebuild(self, model: nn.Module) -> None:
+    def rebuild(self, model: nn.Module, inspection: object = None) -> None:
         """Make rows for a model's layers; a layer that stays keeps its row and ticks.
 
         The reader may be clicking: a row is not taken from under the mouse, and the
         names are exchanged at once, since clicks come on other threads.
+
+        Args:
+            inspection: what lies deeper in the model, which these rows do not show.
         """
         names = layer_names(model)
         if not names:
@@ -97,8 +101,7 @@ class LayerRows(widgets.VBox):
         """Make a layer's row: its join, or the room for one; its box; what it keeps."""
         join: widgets.Widget = widgets.Box(layout=wide(30))
         if joinable:
-            join = widgets.ToggleButton(icon="link")
-            join.layout = wide(30, height="22px", padding="0", margin="3px 0")
+            join = self._make_join()
             join.observe(self._flipped, "value")
         ticked = name in self.boxes and self.boxes[name].value
         box = widgets.Checkbox(ticked, description=name, indent=False, layout=wide(76))
@@ -107,9 +110,23 @@ class LayerRows(widgets.VBox):
         layout = widgets.Layout(align_items="center", height="28px")
         return widgets.HBox([join, box, kept], layout=layout)
 
+    def _make_join(self, tooltip: str = "") -> widgets.ToggleButton:
+        join = widgets.ToggleButton(icon="link", tooltip=tooltip)
+        join.layout = wide(30, height="22px", padding="0", margin="3px 0")
+        return join
+
     def _flipped(self, _: dict) -> None:
         if not self._quiet:
             self._changed()
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """What "each alone" ticks."""
+        return tuple(self.boxes)
+
+    def kept(self, timeline: Timeline) -> dict[str, int]:
+        """Count what each layer keeps, by the names of the rows."""
+        return timeline.kept_bytes()
 
     def show_kept(
         self, plan: Plan, now: dict[str, int], without: dict[str, int]
@@ -135,6 +152,19 @@ class LayerRows(widgets.VBox):
                 style += f";color:{COLORS['recomputed']};font-weight:bold"
             text = f'<span style="{style}">keeps {format_bytes(kept)}</span>'
             self._kept[name].value = text
+
+
+def is_flat(model: nn.Module) -> bool:
+    """Say whether a model's children are all the layers that there are to tick.
+
+    So it is with a chain of layers, or of layers with what belongs to them.
+    """
+    children = [list(child.children()) for child in model.children()]
+    grand = [child for inner in children for child in inner]
+    return not grand or (
+        isinstance(model, nn.Sequential)
+        and not any(list(child.children()) for child in grand)
+    )
 
 
 def wide(pixels: int, **layout: str) -> widgets.Layout:

@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, Page, expect
 from helpers.checkpointing import Plan
 from helpers.findings import finding
 from helpers.measure import predict
-from helpers.models import uniform_mlp
+from helpers.models import unequal_blocks, uniform_mlp
 from helpers.picture import HEIGHT, SCALE, WIDTH, LabPicture
 from helpers.report import StepReport
 from tests.browser import (
@@ -236,6 +236,11 @@ def test_a_wrong_size_is_said_and_the_next_flip_works(large, name, value, senten
     [
         ("00_start_here", {}),
         ("03_flip_the_layers", {"activation": "relu", "width": 256, "batch": 512}),
+        (
+            "04_segments_and_functions",
+            {"depth": 16, "activation": "relu", "width": 64, "batch": 4096},
+        ),
+        ("07_out_of_memory", {"batch": 31_445}),
     ],
 )
 def test_a_notebook_runs_and_its_lab_answers(browser, url, name, settings):
@@ -251,6 +256,23 @@ def test_a_notebook_runs_and_its_lab_answers(browser, url, name, settings):
     assert_answered(panel, Plan.alone(["layer2", "layer3"]), settings)
     panel.join("layer3").click()
     assert_answered(panel, Plan((("layer2", "layer3"),)), settings)
+    page.close()
+
+
+def test_the_lab_of_unequal_blocks_answers(browser, url):
+    page = open_notebook(browser, url, "notebooks/08_the_price_in_time.ipynb")
+    run_all(page)
+    expect(page.locator('[data-mime-type*="error"]')).to_have_count(0)
+    panel, blocks = Panel(page), functools.partial(unequal_blocks, 256)
+    x = torch.empty(512, 256, device="meta")
+    plain, ticked = (
+        predict(blocks, x, plan) for plan in (Plan(), Plan.alone(["wide", "narrow"]))
+    )
+    panel.button("none").click()
+    panel.wait_for(finding(plain, plain))
+    for name in ticked.plan.names:
+        panel.box(name).click()
+    panel.wait_for(finding(plain, ticked))
     page.close()
 
 

@@ -6,17 +6,21 @@ import io
 import random
 import threading
 
+import ipywidgets as widgets
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
+from helpers.architectures import GPT, Encoder, ResNet, UNet
 from helpers.checkpointing import Plan
 from helpers.controls import LayerLab
 from helpers.findings import describe, finding
+from helpers.inspection import kept_by_module
 from helpers.measure import predict
 from helpers.models import MLP, DocsMLP, uniform_mlp
 from helpers.picture import HEIGHT, SCALE, WIDTH
+from helpers.units import format_bytes
 
 WIDTHS = [64] * 5
 
@@ -320,7 +324,244 @@ def test_a_failure_in_a_measurement_is_said_in_the_panel(monkeypatch):
             "layers 1–2, 3–4 as segments; 6 alone",
         ),
         ((("stem",), ("block.conv",)), "stem, block.conv each alone"),
+        ((("blocks.2",),), "block 2 alone"),
+        (
+            (("blocks.0", "blocks.1"), ("blocks.4",)),
+            "blocks 0–1 as one segment; 4 alone",
+        ),
+        ((("0", "1"), ("3",)), "layers 0–1 as one segment; 3 alone"),
     ],
 )
 def test_plans_are_described_as_one_would_say_them(segments, words):
     assert describe(Plan(segments)) == words
+
+
+# A tree of modules -------------------------------------------------------------------
+
+
+def gpt_lab(blocks: int = 4, **arguments) -> LayerLab:
+    model = GPT(blocks=blocks, width=32, vocabulary=100, context=16)
+    return LayerLab(model, torch.randint(100, (2, 16)), **arguments)
+
+
+def shown_rows(lab: LayerLab) -> list[str]:
+    """Read the labels of the rows from top to bottom."""
+    boxes = [row.children[2] for row in lab._rows.children]
+    return [box.description for box in boxes]
+
+
+def fold_button(lab: LayerLab, label: str) -> widgets.Button:
+    return lab._rows.children[shown_rows(lab).index(label)].children[1]
+
+
+def test_a_model_with_depth_is_shown_as_a_tree_folded_below_its_blocks():
+    lab = gpt_lab()
+    blocks = [f"blocks.{i}" for i in range(4)]
+    assert shown_rows(lab) == ["tokens", "places", *blocks, "norm", "head"]
+    assert list(lab.joins) == blocks[1:]
+    fold_button(lab, "blocks.1").click()
+    inside = ["norm1", "attention", "norm2", "mlp", "dropout"]
+    assert shown_rows(lab)[4:9] == inside
+    fold_button(lab, "blocks.1").click()
+    assert shown_rows(lab) == ["tokens", "places", *blocks, "norm", "head"]
+
+
+def test_an_mlp_is_shown_flat_unless_a_tree_is_asked_for():
+    assert list(small_lab().boxes) == ["layer1", "layer2", "layer3", "layer4"]
+    lab = small_lab(tree=True)
+    assert shown_rows(lab) == ["layer1", "layer2", "layer3", "layer4"]
+    lab.boxes["layer1.1"].value = True
+    assert lab.plan == Plan.alone(["layer1.1"])
+
+
+def test_many_blocks_alike_are_one_row_that_ticks_them_all():
+    lab = gpt_lab(blocks=24)
+    assert shown_rows(lab) == ["tokens", "places", "blocks.0 … 23", "norm", "head"]
+    everything = lab._rows.children[2].children[2]
+    everything.value = True
+    blocks = [f"blocks.{i}" for i in range(24)]
+    assert lab.plan == Plan.alone(blocks)
+    fold_button(lab, "blocks.0 … 23").click()
+    assert len(lab._rows.children) == 5 + 24
+    lab.boxes["blocks.7"].value = False
+    assert not everything.value and len(lab.plan.segments) == 23
+    fold_button(lab, "blocks.0 … 23").click()
+    assert "23 ticked" in lab._rows._kept["blocks.0 …"].value
+    lab.shortcuts["pieces"].click()
+    assert lab.plan.segments[3] == ("blocks.6", "blocks.7") and everything.value
+    assert "12 segments" in lab._rows._kept["blocks.0 …"].value
+
+
+def test_a_tree_of_hundreds_of_modules_makes_few_widgets(monkeypatch):
+    made, open_comm = [], widgets.Widget.open
+    monkeypatch.setattr(
+        widgets.Widget, "open", lambda self: made.append(self) or open_comm(self)
+    )
+    lab = gpt_lab(blocks=60)
+    assert len(lab._inspection.layers) > 600 and len(lab._rows.children) == 5
+    assert len(made) < 200
+
+
+def test_a_box_that_is_folded_away_is_there_when_it_is_asked_for():
+    lab = gpt_lab(blocks=24)
+    lab.boxes["blocks.7.mlp.0"].value = True
+    assert lab.plan == Plan.alone(["blocks.7.mlp.0"])
+    assert "blocks.7" in shown_rows(lab) and "mlp" in shown_rows(lab)
+    with pytest.raises(KeyError):
+        lab.boxes["blocks.99"]
+
+
+def test_the_later_tick_takes_the_place_of_what_is_around_it_or_inside():
+    lab = gpt_lab()
+    lab.boxes["blocks.1.mlp"].value = True
+    lab.boxes["blocks.1.attention"].value = True
+    lab.boxes["blocks.2"].value = True
+    assert lab.plan == Plan.alone(["blocks.1.attention", "blocks.1.mlp", "blocks.2"])
+    lab.boxes["blocks.1"].value = True
+    assert lab.plan == Plan.alone(["blocks.1", "blocks.2"])
+    assert not lab.boxes["blocks.1.mlp"].value
+    lab.boxes["blocks.2.mlp"].value = True
+    assert lab.plan == Plan.alone(["blocks.1", "blocks.2.mlp"])
+    assert not lab.boxes["blocks.2"].value
+
+
+def test_joins_and_pieces_where_a_chain_allows():
+    lab = gpt_lab()
+    lab.plan = Plan.alone(["blocks.1", "blocks.2"])
+    lab.joins["blocks.2"].value = True
+    assert lab.plan == Plan((("blocks.1", "blocks.2"),))
+    lab.shortcuts["all joined"].click()
+    assert lab.plan == Plan((tuple(f"blocks.{i}" for i in range(4)),))
+    lab.shortcuts["each alone"].click()
+    assert lab.plan == Plan.alone([f"blocks.{i}" for i in range(4)])
+    lab.shortcuts["none"].click()
+    assert lab.plan == Plan()
+    unet = LayerLab(UNet(2, 4), torch.randn(2, 3, 8, 8))
+    assert not unet.joins
+    unet.shortcuts["all joined"].click()
+    assert unet.plan == Plan.alone(["stem", "down.0", "grow.0", "up.0", "head"])
+
+
+def test_every_flip_in_a_tree_says_what_predict_says():
+    lab, chance = gpt_lab(), random.Random(0)
+    names = list(lab._inspection.layers)
+    for _ in range(15):
+        box = lab.boxes[chance.choice(names)]
+        box.value = not box.value
+        for name in lab.joins:
+            lab.joins[name].value = chance.random() < 0.5
+        reports = [predict(lab._model, lab._meta_batch, p) for p in (Plan(), lab.plan)]
+        assert lab.finding == finding(*reports)
+        assert lab.finding in lab.readout.value
+        assert {n for n in lab.boxes if lab.boxes[n].value} == set(lab.plan.names)
+
+
+def test_rows_of_a_tree_show_what_each_module_keeps_with_all_in_it():
+    lab = gpt_lab()
+    kept = lab._rows._kept
+    lab.boxes["blocks.0.mlp"].value = True
+    now = kept_by_module(lab.history[-1].timeline)
+    without = kept_by_module(lab.history[0].timeline)
+    for name in ("blocks.0", "blocks.0.mlp", "blocks.1", "head"):
+        assert f"keeps {format_bytes(now.get(name, 0))}<" in kept[name].value
+    assert now["blocks.0"] < without["blocks.0"] and "bold" in kept["blocks.0"].value
+    assert "ticked" not in kept["blocks.0"].value  # it is seen below
+    fold_button(lab, "blocks.0").click()
+    assert f"1 ticked, {format_bytes(now['blocks.0'])}" in kept["blocks.0"].value
+
+
+def test_a_tree_measures_a_model_called_by_keywords():
+    ids = torch.randint(500, (2, 8))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    lab = LayerLab(Encoder(), batch, device="cpu")
+    lab.boxes["layers.1"].value = True
+    predicted = lab.history[-1]
+    assert lab.measure().peak_bytes == predicted.peak_bytes
+    assert "as predicted" in lab.readout.value
+
+
+def test_a_loss_may_be_given():
+    model, x = GPT(width=32, vocabulary=100), torch.randint(100, (2, 16))
+
+    def loss(scores):
+        return scores.square().mean()
+
+    lab = LayerLab(model, x, loss=loss)
+    lab.boxes["blocks.1"].value = True
+    plan = Plan.alone(["blocks.1"])
+    assert lab.history[-1] == predict(model, x, plan, loss=loss)
+
+
+def test_what_is_not_safe_is_said_and_marked():
+    lab = LayerLab(ResNet((1, 1), 4), torch.randn(2, 3, 8, 8))
+    assert "⚠" in lab._rows._kept["layers.0"].value
+    lab.boxes["layers.0"].value = True
+    assert "Careful: &#x27;layers.0.norm1&#x27; updates its running" in (
+        lab.readout.value
+    )
+    lab.boxes["stem.2"].value = True
+    assert "&#x27;stem.2&#x27; changes its input in place" in lab.readout.value
+    lab.boxes["stem.2"].value = False
+    assert lab.finding.startswith("layer 0 alone") and lab.finding in lab.readout.value
+
+
+def test_a_plan_that_does_not_fit_a_tree_is_refused():
+    lab = gpt_lab()
+    lab.plan = Plan.alone(["blocks.1.mlp"])
+    for plan, reason in (
+        (Plan.alone(["blocks.9"]), "no layer named"),
+        (Plan.alone(["blocks"]), "no forward of its own"),
+        (Plan.alone(["blocks.1", "blocks.1.mlp"]), "lies inside"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            lab.plan = plan
+    assert lab.plan == Plan.alone(["blocks.1.mlp"])
+
+
+def test_a_model_without_data_is_predicted_only():
+    with torch.device("meta"):
+        model = GPT(width=32, vocabulary=100)
+    lab = LayerLab(model, torch.empty(2, 16, dtype=torch.long, device="meta"))
+    assert "this model has no data" in lab.readout.value
+    with pytest.raises(ValueError, match="this model has no data"):
+        lab.measure()
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (nn.ReLU(), "ReLU has no parameters"),
+        (Encoder(), "does not fit this model at its own forward"),
+    ],
+)
+def test_a_model_that_cannot_be_looked_into_is_said(model, reason):
+    lab = LayerLab(model, torch.ones(2, 8), tree=True)
+    assert reason in lab.readout.value
+
+
+def test_settings_of_a_tree_keep_what_is_ticked():
+    def make(blocks, width):
+        return GPT(blocks, width, vocabulary=100)
+
+    lab = LayerLab(make, torch.randint(100, (2, 16)), {"blocks": 3, "width": 32})
+    lab.plan = Plan((("blocks.0", "blocks.1"), ("blocks.2.mlp",)))
+    lab.controls["blocks"].value = 2
+    assert lab.plan == Plan((("blocks.0", "blocks.1"),))
+    lab.controls["width"].value = 33  # no multiple of the heads
+    assert lab.settings == {"blocks": 2, "width": 32}
+
+
+def test_clicks_in_a_tree_from_other_threads_are_not_lost():
+    async def clicks() -> LayerLab:
+        lab = gpt_lab()
+        front_end_click(lab.boxes["blocks.0"], value=True)
+        front_end_click(lab.boxes["blocks.1"], value=True)
+        front_end_click(lab.joins["blocks.1"], value=True)
+        front_end_click(lab.boxes["blocks.3"], value=True)
+        await asyncio.sleep(0)
+        return lab
+
+    lab = asyncio.run(clicks())
+    plan = Plan((("blocks.0", "blocks.1"), ("blocks.3",)))
+    reports = [predict(lab._model, lab._meta_batch, p) for p in (Plan(), plan)]
+    assert lab.plan == plan and lab.finding == finding(*reports)
