@@ -11,7 +11,7 @@ STRAY_KEYS := metadata.language_info.version metadata.toc \
   cell.metadata.editable cell.metadata.jp-MarkdownHeadingCollapsed \
   cell.metadata.slideshow cell.metadata.trusted
 
-.PHONY: lab test bench execute nav html lock clean
+.PHONY: lab test bench record execute nav html lock clean
 
 # Jupyter refuses root unless told; in a container there is often nobody else.
 ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)
@@ -23,14 +23,21 @@ lab: $(INSTALLED)
 	  notebooks/00_start_here.ipynb
 
 # Strict nbval: each committed output is held against a new one. A notebook's
-# cells share a kernel, so that a whole file goes to one worker.
+# cells share a kernel, so that a whole file goes to one worker. The workers have a
+# core each; with more threads they would wait for one another.
+test: export OMP_NUM_THREADS := 1
 test: $(INSTALLED)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile -m "not browser"
+	$(BIN)/pytest -m browser
 	$(BIN)/pytest --nbval --nbval-current-env --nbval-cell-timeout 120 \
 	  -n 2 --dist loadfile notebooks
 
 bench: $(INSTALLED)
 	$(BIN)/python -m tests.bench
+
+# What this machine's GPU does, for readers without one: helpers/recordings/*.json
+record: $(INSTALLED)
+	$(BIN)/python -m helpers.recording
 
 # On a busy machine the lines that a cell prints would come apart.
 COALESCE := nbconvert.preprocessors.CoalesceStreamsPreprocessor

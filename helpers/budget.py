@@ -9,10 +9,10 @@ import math
 
 import ipywidgets as widgets
 
+from helpers.axes import memory_unit
 from helpers.checkpointing import Plan
 from helpers.controls import LayerLab
 from helpers.planner import InfeasibleBudget, best_plan, pareto, profile
-from helpers.plots import memory_unit
 from helpers.report import StepReport
 from helpers.rows import wide
 from helpers.units import format_bytes, format_change

@@ -25,6 +25,7 @@ from helpers.measure import measuring_plans, predict
 from helpers.models import ACTIVATIONS, uniform_mlp
 from helpers.module_rows import ModuleRows
 from helpers.picture import HEIGHT, WIDTH, LabPicture, smaller
+from helpers.recorded_choice import RecordedChoice
 from helpers.report import StepReport
 from helpers.rows import LayerRows, is_flat, wide
 from helpers.step import Loss
@@ -52,6 +53,8 @@ class LayerLab(widgets.HBox):
         boxes: a checkbox for each layer, by name.
         joins: a toggle for each layer that can share a segment with the one before;
             it counts when both are ticked.
+        recorded: a dropdown of GPUs that have measured this model at this size; it is
+            hidden where none has.
         picture, readout: the picture, and one sentence with the finding.
         finding: that sentence as text, from the prediction.
     """
@@ -86,9 +89,11 @@ class LayerLab(widgets.HBox):
             description="Measure", icon="clock-o", layout=wide(216)
         )
         self.measure_button.on_click(lambda _: self._later(self._toggle_measuring))
+        self.recorded = RecordedChoice(lambda: self._later(self._draw))
         self.picture = widgets.HTML().add_class("layer-lab-picture")
         self.readout = widgets.HTML().add_class("layer-lab-readout")
-        left = [*self.controls.values(), shortcut_rows, self._rows, self.measure_button]
+        left = [*self.controls.values(), shortcut_rows, self._rows]
+        left += [self.measure_button, self.recorded]
         right = [self.picture, self.readout]
         super().__init__(
             [
@@ -206,6 +211,7 @@ class LayerLab(widgets.HBox):
                 self.controls[name].value = value
             raise
         self._good = wanted
+        self._find_recorded()
         self._show()
 
     def _make_model(self, wanted: dict[str, object]) -> None:
@@ -225,6 +231,12 @@ class LayerLab(widgets.HBox):
             )
         self._rows.rebuild(model, inspection)
         self._model, self._meta_batch, self._inspection = model, batch, inspection
+
+    def _find_recorded(self) -> None:
+        """Look for what GPUs have measured of this model, where its step is theirs."""
+        theirs = self._device == "cuda" and self._loss is None
+        rows = self._good.get("batch") if theirs else None
+        self.recorded.find(self._factory, self.settings, rows)
 
     def _meta_model(self, settings: dict[str, object]) -> nn.Module:
         if isinstance(self._factory, nn.Module):
@@ -320,8 +332,10 @@ class LayerLab(widgets.HBox):
             report for other, report in tried.items() if other not in (plan, Plan())
         ]
         shown = [tried[Plan()], *others, *[tried[plan]] * bool(plan.segments)]
-        self._png = self._drawer.draw(before, after, shown, list(measured.values()))
-        self._say(self.finding, note + self._caution(plan))
+        self._png = self._drawer.draw(
+            before, after, shown, list(measured.values()), self.recorded.pairs
+        )
+        self._say(self.finding, note + self.recorded.note(plan) + self._caution(plan))
         source = base64.b64encode(self._png).decode()
         self.picture.value = (
             f'<img alt="{html.escape(self.finding)}" width="{WIDTH}" '

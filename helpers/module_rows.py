@@ -10,9 +10,9 @@ from collections.abc import Callable
 import ipywidgets as widgets
 from torch import nn
 
+from helpers.axes import COLORS
 from helpers.checkpointing import Plan
 from helpers.inspection import Inspection, kept_by_module
-from helpers.plots import COLORS
 from helpers.rows import LayerRows, wide
 from helpers.ticks import Ticks
 from helpers.timeline import Timeline

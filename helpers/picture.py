@@ -5,7 +5,7 @@ once, and each part of it is painted again only when what it shows has changed.
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -15,13 +15,17 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from helpers.plots import (
+from helpers.axes import (
     COLORS,
     INK,
     LABEL_COLORS,
     PHASE_COLORS,
     QUIET,
+    RECORDED,
     STYLE,
+)
+from helpers.checkpointing import Plan
+from helpers.plots import (
     plot_peaks,
     plot_timeline,
     plot_times,
@@ -72,6 +76,7 @@ class LabPicture:
         after: StepReport,
         tried: Sequence[StepReport] = (),
         measured: Sequence[tuple[StepReport, StepReport]] = (),
+        recorded: Mapping[Plan, tuple[StepReport, StepReport]] | None = None,
     ) -> bytes:
         """Draw one state and return it as PNG.
 
@@ -80,7 +85,13 @@ class LabPicture:
                 where there are some, else predicted ones.
             tried: predictions of every plan so far, this one last.
             measured: of those, what was measured, beside the unchecked model.
+            recorded: such pairs by plan, which another machine measured.
         """
+        found, times = recorded or {}, {}
+        grey = [found[report.plan] for report in tried if report.plan in found]
+        if after.plan in found:
+            report, base = found[after.plan]
+            times = {"none": base, "this plan": report}
         top = max(report.peak_bytes for report in (before, after, *tried))
         # Room for most plans: a new scale would have the first timeline drawn again.
         room = ROOM * timeline_length(before.timeline)
@@ -98,12 +109,13 @@ class LabPicture:
                     measured=report.source == "measured",
                 )
             self._peaks.paint((before, after, top), plot_peaks, pair, top_bytes=top)
-            self._times.paint((before, after), plot_times, pair)
+            self._times.paint((before, after, times), plot_times, pair, times)
             self._tradeoff.paint(
-                (tuple(tried), tuple(measured), top),
+                (tuple(tried), tuple(measured), tuple(grey), top),
                 plot_tradeoff,
                 tried,
                 measured,
+                recorded=grey,
                 labels=labels,
                 top_bytes=top,
             )
@@ -126,7 +138,9 @@ def _palette() -> tuple[np.ndarray, np.ndarray]:
         (n, 3) bytes of RGB, and for each colour of 5 bits a channel its nearest place.
     """
     hues = [*COLORS.values(), *PHASE_COLORS.values(), *LABEL_COLORS.values()]
-    pure = np.array([to_rgb(hue) for hue in ["white", *hues, INK, QUIET, "#A85B20"]])
+    pure = np.array(
+        [to_rgb(hue) for hue in ["white", *hues, INK, QUIET, RECORDED, "#A85B20"]]
+    )
     shares = np.array([1, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1])[:, None, None]
     palette = np.rint(255 * (1 - shares * (1 - pure)).reshape(-1, 3)).astype(int)
     code = np.arange(32**3)
@@ -190,7 +204,7 @@ class _Part:
         """Draw the axes without data, but only where limits or labels have changed."""
         ax = self._ax
         labels = [label.get_text() for label in ax.get_xticklabels()]
-        frame = ax.get_xlim(), ax.get_ylim(), ax.get_ylabel(), labels
+        frame = ax.get_xlim(), ax.get_ylim(), labels, ax.get_xlabel(), ax.get_ylabel()
         if frame != self._frame:
             artists = self._artists()
             for artist in artists:

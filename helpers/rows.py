@@ -5,8 +5,8 @@ from collections.abc import Callable
 import ipywidgets as widgets
 from torch import nn
 
+from helpers.axes import COLORS
 from helpers.checkpointing import Plan, follows, layer_names
-from helpers.plots import COLORS
 from helpers.timeline import Timeline
 from helpers.units import format_bytes
 

@@ -11,7 +11,7 @@ from IPython import get_ipython
 from matplotlib.figure import Figure
 from PIL import Image
 
-from helpers.plots import STYLE
+from helpers.axes import STYLE
 
 SCALE, COLORS = 2, 64  # device pixels for each CSS pixel; colours of the palette
 

@@ -10,8 +10,12 @@ import torch
 from torch.nn import functional as F
 
 from helpers.checkpointing import Plan, checkpointed
+from helpers.controls import LayerLab
+from helpers.limits import memory_limit
 from helpers.measure import measure, measure_plans, predict
 from helpers.models import MLP, DocsMLP, uniform_mlp
+from helpers.recorder import measure_group, run_search
+from helpers.recording_set import Group, Search, Step
 from helpers.step import time_step_ms, training_step
 
 pytestmark = [
@@ -132,6 +136,82 @@ def test_a_model_on_the_host_is_measured_on_a_copy():
     assert torch.cuda.memory_allocated() == before
 
 
+@pytest.mark.parametrize("optimizer", [None, torch.optim.AdamW], ids=["none", "AdamW"])
+@pytest.mark.parametrize(("activation", "dropout"), [("relu", 0), ("gelu", 0.1)])
+def test_predicted_is_measured_under_autocast(activation, dropout, optimizer):
+    """Within a thousandth, as lower precision may pick kernels with scratch space."""
+    model = MLP([520, 1024, 776, 512, 10], activation, dropout).cuda()
+    x, settings = torch.randn(2048, 520, device="cuda"), {"autocast": torch.bfloat16}
+    settings["optimizer"] = optimizer
+    for plan in MIXED:
+        report = measure(model, x, plan, repeats=0, **settings)
+        predicted = predict(model, x, plan, **settings)
+        for name in ("peak_bytes", "after_forward_bytes"):
+            expected = pytest.approx(getattr(report, name), rel=1e-3)
+            assert getattr(predicted, name) == expected, (plan, name)
+
+
+def test_what_is_reserved_holds_what_is_allocated_and_the_workspaces():
+    model, x = uniform_mlp(8, 1024).cuda(), torch.randn(8192, 1024, device="cuda")
+    report = measure(model, x, repeats=0)
+    assert report.workspace_bytes > 0, "cuBLAS takes its own from the same allocator"
+    assert report.reserved_bytes >= report.peak_bytes + report.workspace_bytes
+    assert report.reserved_bytes <= torch.cuda.get_device_properties(0).total_memory
+
+
+# Recording
+
+
+def test_a_recorded_group_is_as_predicted():
+    layers = ["layer1", "layer2", "layer3"]
+    plans = (Plan(), Plan.alone(layers), Plan((tuple(layers),)))
+    settings = {"depth": 3, "width": 512, "activation": "gelu", "dropout": 0.1}
+    group = Group(Step("uniform_mlp", settings, 1024), plans)
+    cases = measure_group(group, "cuda", repeats=2, warmup=1)
+    assert [case.plan for case in cases] == list(plans)
+    for case in cases:
+        assert case.measured.peak_bytes == case.predicted.peak_bytes
+        assert case.measured.reserved_bytes > 0 and case.base_ms > 0
+
+
+def test_the_largest_batch_that_runs_is_near_the_one_that_is_predicted():
+    """CUDA limits what is reserved: workspaces and what lies unused count as well."""
+    settings = {"depth": 8, "width": 1024, "activation": "gelu", "dropout": 0.0}
+    search = Search(Step("uniform_mlp", settings, 1), Plan(), 2**30)
+    found = run_search(search, "cuda")
+    assert 0.8 * found.predicted_rows < found.measured_rows <= found.predicted_rows
+
+
+# Random numbers
+
+
+@pytest.mark.parametrize("plan", MIXED[1:], ids=str)
+def test_recomputation_draws_the_same_masks_and_puts_cudas_state_back(plan):
+    model = MLP([256] * 4 + [10], "gelu", 0.5).cuda()
+    x = torch.randn(128, 256, device="cuda")
+
+    def run(plan: Plan) -> tuple[list[torch.Tensor], torch.Tensor]:
+        torch.cuda.manual_seed(0)
+        model.zero_grad()
+        with checkpointed(model, plan):
+            loss = model(x).sum()
+            after_forward = torch.cuda.get_rng_state()
+            loss.backward()
+        assert torch.equal(torch.cuda.get_rng_state(), after_forward)
+        return [parameter.grad for parameter in model.parameters()], after_forward
+
+    (expected, state), (found, other) = run(Plan()), run(plan)
+    assert torch.equal(state, other)
+    torch.testing.assert_close(found, expected)
+
+
+def test_measuring_leaves_cudas_random_numbers_alone():
+    model, x = MLP([64, 64, 10], "gelu", 0.5).cuda(), torch.randn(32, 64, device="cuda")
+    before = torch.cuda.get_rng_state()
+    measure(model, x, Plan.alone(["layer1"]), repeats=2)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
 # Gradients
 
 
@@ -188,6 +268,25 @@ def test_a_step_larger_than_the_card_is_refused_before_it_runs():
     with pytest.raises(torch.OutOfMemoryError, match="does not fit.*CUDA"):
         measure(model, x)
     assert torch.cuda.memory_allocated() == before
+
+
+def test_the_labs_next_flip_works_after_it_ran_out_of_memory():
+    settings = {"depth": 8, "width": 1024, "activation": "gelu"}
+    lab = LayerLab(batch=32, settings=settings)
+    lab.measure()
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    with memory_limit(torch.cuda.memory_reserved() + 2**29, "cuda"):
+        lab.controls["batch"].value = 2**16
+        with pytest.raises((MemoryError, torch.OutOfMemoryError)):
+            lab.measure()
+        gc.collect()
+        assert torch.cuda.memory_allocated() <= before
+        lab.controls["batch"].value = 32
+        lab.plan = Plan.alone(["layer1"])
+        assert lab.measure().source == "measured"
+    assert "measured on" in lab.readout.value
 
 
 # Time

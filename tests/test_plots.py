@@ -10,16 +10,13 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from helpers import picture
+from helpers.axes import COLORS, STYLE, memory_axis, memory_unit
 from helpers.checkpointing import Plan
 from helpers.measure import predict
 from helpers.models import uniform_mlp
 from helpers.picture import PALETTE
 from helpers.plots import (
-    COLORS,
-    STYLE,
     extra_work,
-    memory_axis,
-    memory_unit,
     plot_agreement,
     plot_frontier,
     plot_lines,

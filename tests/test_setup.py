@@ -21,7 +21,8 @@ PINS = [
     if not line.startswith("#")
 ]
 # A GPU machine without Jupyter can measure: everything but torch is blocked.
-TORCH_ONLY = ["units", "models", "checkpointing", "timeline", "measure"]
+TORCH_ONLY = ["units", "models", "checkpointing", "timeline", "measure", "recording"]
+TORCH_ONLY += ["recorded", "recorder"]
 BLOCKED = ["IPython", "PIL", "ipywidgets", "matplotlib", "numpy", "pandas", "tqdm"]
 
 

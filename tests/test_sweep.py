@@ -522,7 +522,7 @@ def test_a_sweep_killed_at_any_moment_can_go_on(tmp_path, monkeypatch):
         ({"measured": True, "device": "meta"}, "'cpu' or 'cuda', not on 'meta'"),
         ({"cache": __file__}, "a folder to keep reports in"),
     ],
-    ids=str,
+    ids=lambda part: part if isinstance(part, str) else next(iter(part)),
 )
 def test_what_is_wrong_is_said_in_one_sentence(change, says):
     options = {"model_factory": uniform_mlp, "plans": BOTH, "rows": 4}

@@ -1,0 +1,170 @@
+"""Autocast on meta tensors: the casts that a device's autocast would make.
+
+PyTorch's own autocast leaves meta tensors alone. Here every operator that a device's
+autocast knows gets a kernel that casts meta tensors as that device would. It lies on a
+dispatch key that no tensor has, so it is asked inside ``autocast_on_meta`` alone, and
+there above autograd, where autocast lies; checkpoint's recomputation is no exception.
+
+Source: aten/src/ATen/autocast_mode.h and autocast_mode.cpp.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+
+_KEY = torch._C.DispatchKey.AutocastIPU
+_ONLY_KEY = torch._C.DispatchKeySet(_KEY)
+_LISTS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+# What is done with an operator on a device's list, if it is not run in float32: it is
+# run in the lower precision, in the widest type that it is given, or its result is
+# asked for in float32.
+_LOWER = set(
+    "_convolution conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d "
+    "conv_transpose3d convolution cudnn_convolution cudnn_convolution_transpose "
+    "linear matmul mm addmm _addmm_activation mv addmv addr bmm baddbmm addbmm einsum "
+    "linalg_vecdot linalg_multi_dot chain_matmul prelu _thnn_fused_lstm_cell lstm_cell "
+    "_thnn_fused_gru_cell gru_cell rnn_tanh_cell rnn_relu_cell mkldnn_rnn_layer "
+    "_native_multi_head_attention scaled_dot_product_attention "
+    "_scaled_dot_product_flash_attention".split()
+)
+_WIDEST = {
+    "cpu": {"cat", "stack", "index_copy"},
+    "cuda": set(
+        "addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put "
+        "tensordot scatter_add".split()
+    ),
+}
+_RESULT = {
+    "cpu": set(),
+    "cuda": set(
+        "prod softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm "
+        "sum norm".split()
+    ),
+}
+
+
+@dataclass
+class _Autocast:
+    """The device that is imitated, and parameters' casts with what they are casts of.
+
+    Casts are kept until the outermost autocast block is left.
+    """
+
+    device: str
+    casts: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+_now: ContextVar[_Autocast | None] = ContextVar("autocast", default=None)
+
+
+@contextlib.contextmanager
+def autocast_on_meta(device: str) -> Iterator[None]:
+    """Inside this block, let ``torch.autocast("cpu", …)`` cast meta tensors.
+
+    Args:
+        device: "cpu" or "cuda", whose lists say what is cast.
+    """
+    _install()
+    token = _now.set(_Autocast(device))
+    torch.set_autocast_enabled("ipu", True)  # or the key would stay excluded
+    try:
+        with torch._C._IncludeDispatchKeyGuard(_KEY):
+            yield
+    finally:
+        torch.set_autocast_enabled("ipu", False)
+        _now.reset(token)
+
+
+def without_autocast(run: Callable) -> Callable:
+    """Make a function for below autograd: what an operator calls is not cast again."""
+
+    def run_as_it_is(*args: object) -> object:
+        with torch._C._ExcludeDispatchKeyGuard(_ONLY_KEY):
+            return run(*args)
+
+    return run_as_it_is
+
+
+@functools.cache
+def _install() -> list[torch.library.Library]:
+    """Give every operator on a list its kernel, and let all others pass.
+
+    Returns:
+        What has to be kept: the kernels end with the last reference to it.
+    """
+    clear = torch.clear_autocast_cache
+
+    def clear_all() -> None:
+        if now := _now.get():
+            now.casts.clear()
+        clear()
+
+    torch.clear_autocast_cache = clear_all  # what torch.autocast calls at its end
+    others = torch.library.Library("_", "IMPL", "AutocastIPU")
+    others.fallback(torch.library.fallthrough_kernel)
+    listed = torch.library.Library("aten", "IMPL", "AutocastIPU")
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    for name in torch._C._dispatch_get_all_op_names():
+        devices = [kind for kind, key in _LISTS.items() if has_kernel(name, key)]
+        if devices and name.startswith("aten::"):
+            packet, _, overload = name.removeprefix("aten::").partition(".")
+            func = getattr(getattr(torch.ops.aten, packet), overload or "default")
+            listed.impl(func, functools.partial(_call, func, frozenset(devices)))
+    return [others, listed]
+
+
+def _call(func: torch._ops.OpOverload, devices: frozenset[str], *args, **kwargs):
+    """Call an operator with its arguments as autocast would pass them on."""
+    now, name = _now.get(), func.overloadpacket.__name__
+    with torch._C._ExcludeDispatchKeyGuard(_ONLY_KEY):
+        if now.device not in devices or not torch.is_autocast_enabled("cpu"):
+            return func(*args, **kwargs)
+        lower = torch.get_autocast_dtype("cpu")
+        if name in _RESULT[now.device]:
+            if not _is_cast(args[0]) or _dtype_given(func, args, kwargs):
+                return func(*args, **kwargs)
+            return func.overloadpacket(*args, **kwargs | {"dtype": torch.float32})
+        dtype = lower if name in _LOWER else torch.float32
+        if name in _WIDEST[now.device]:
+            dtype = torch.float32 if torch.float32 in _dtypes(args) else lower
+        cast = functools.partial(_cast, now, dtype, dtype == lower)
+        # The last one first, as compilers order a call's arguments on Linux: the casts'
+        # order is the order of their gradients.
+        kwargs = {key: cast(arg) for key, arg in kwargs.items()}
+        return func(*reversed([cast(arg) for arg in reversed(args)]), **kwargs)
+
+
+def _is_cast(value: object) -> bool:
+    """Say whether it is a tensor that autocast would cast."""
+    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return is_float and value.is_meta and value.dtype != torch.float64
+
+
+def _dtype_given(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> bool:
+    names = [argument.name for argument in func._schema.arguments]
+    return (dict(zip(names, args, strict=False)) | kwargs).get("dtype") is not None
+
+
+def _dtypes(value: object) -> set[torch.dtype]:
+    if isinstance(value, tuple | list):
+        return set().union(*map(_dtypes, value))
+    return {value.dtype} if _is_cast(value) else set()
+
+
+def _cast(now: _Autocast, dtype: torch.dtype, lower: bool, value: object) -> object:
+    """Cast tensors, nested in lists; a parameter's cast to lower precision is kept."""
+    if isinstance(value, tuple | list):
+        return type(value)(_cast(now, dtype, lower, item) for item in value)
+    if not _is_cast(value) or value.dtype == dtype:
+        return value
+    is_parameter = value.requires_grad and value.is_leaf and not value._is_view()
+    keeps = lower and is_parameter and value.dtype == torch.float32
+    if not keeps or not torch.is_autocast_cache_enabled():
+        return value.to(dtype)
+    if id(value) not in now.casts:
+        now.casts[id(value)] = value, value.to(dtype)
+    return now.casts[id(value)][1]

@@ -1,0 +1,110 @@
+"""What is predicted today, held against what was recorded: every case, in bytes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from helpers.measure import predict
+from helpers.recording import RecordedCase, RecordedSearch, Recording
+from helpers.report import StepReport
+from helpers.units import format_bytes
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One recorded case, and its prediction today."""
+
+    case: RecordedCase
+    predicted: StepReport
+
+    @property
+    def error_bytes(self) -> int:
+        """Predicted peak less the measured one."""
+        return self.predicted.peak_bytes - self.case.measured.peak_bytes
+
+    @property
+    def after_forward_error_bytes(self) -> int:
+        measured = self.case.measured
+        return self.predicted.after_forward_bytes - measured.after_forward_bytes
+
+    @property
+    def error(self) -> float:
+        """The error as a share of what was measured."""
+        return self.error_bytes / self.case.measured.peak_bytes
+
+    @property
+    def must_be_exact(self) -> bool:
+        """Say whether not one byte may be wrong: in float32, without an optimizer."""
+        step = self.case.step
+        return (step.optimizer, step.precision) == ("none", "float32")
+
+    def row(self) -> dict[str, object]:
+        """Make a row of a table."""
+        step, measured = self.case.step, self.case.measured
+        return {
+            "model": step.model,
+            **step.settings,
+            "rows": step.rows,
+            "optimizer": step.optimizer,
+            "precision": step.precision,
+            "plan": str(self.case.plan),
+            "predicted_bytes": self.predicted.peak_bytes,
+            "measured_bytes": measured.peak_bytes,
+            "error_bytes": self.error_bytes,
+            "after_forward_error_bytes": self.after_forward_error_bytes,
+            "workspace_bytes": measured.workspace_bytes,
+            "reserved_bytes": measured.reserved_bytes,
+        }
+
+
+def compare(recording: Recording) -> list[Comparison]:
+    """Predict every measured case anew."""
+    return [
+        Comparison(case, predicted_today(case))
+        for case in recording.cases
+        if case.measured
+    ]
+
+
+def predicted_today(case: RecordedCase) -> StepReport:
+    """Predict a case for the kind of device that it was measured on."""
+    with torch.device("meta"):
+        batch = case.step.make_batch()
+    device = case.predicted.device
+    return predict(
+        case.step.make_model, batch, case.plan, device=device, **case.step.options
+    )
+
+
+def lines(comparisons: Sequence[Comparison]) -> list[str]:
+    """Write a line for each step, one for each plan whose error is not 0, and a sum."""
+    written = []
+    for step, found in groupby(comparisons, key=lambda found: str(found.case.step)):
+        found = list(found)
+        wrong = [one for one in found if one.error_bytes]
+        written.append(f"{step}: {len(found) - len(wrong)} of {len(found)} exact")
+        for one in wrong:
+            measured = one.case.measured.peak_bytes
+            written.append(
+                f"  {one.case.plan}: predicted {one.predicted.peak_bytes:,} B, "
+                f"measured {measured:,} B, error {one.error_bytes:+,} B "
+                f"({100 * one.error:+.3f} %)"
+            )
+    exact = sum(not one.error_bytes for one in comparisons)
+    largest = max((abs(one.error) for one in comparisons), default=0.0)
+    written.append(
+        f"{exact} of {len(comparisons)} cases as predicted to the byte; "
+        f"the largest error is {100 * largest:.3f} %"
+    )
+    return written
+
+
+def describe_search(found: RecordedSearch) -> str:
+    """Say how large a batch was predicted to fit, and how large a one did."""
+    search = found.search
+    return (
+        f"{search.step.model}, {search.plan}, under {format_bytes(search.limit_bytes)}:"
+        f" {found.predicted_rows:,} rows predicted, {found.measured_rows:,} run"
+    )
