@@ -37,7 +37,7 @@ LINES = ("#222222", "#009E73", "#CC79A7", "#A6761D")  # hues that mean nothing e
 def memory_unit(top_bytes: int) -> tuple[int, str]:
     """Choose the unit of a memory axis: its size in bytes and its name."""
     for size, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if top_bytes >= 2 * size:
+        if top_bytes >= size:
             return size, name
     return 1, "B"
 

@@ -67,7 +67,8 @@ def plot_peaks(
                 boxes.append(rectangle(place - 0.37, bottom, 0.74, height))
                 colors.append(COLORS[category])
                 bottom += height
-        label_above(ax, place, bottom, f"{bottom:,.1f}", weight="bold")
+        text = f"{bottom:.2f}" if size == 2**30 else f"{bottom:,.1f}"
+        label_above(ax, place, bottom, text, weight="bold")
     fill_polygons(ax, boxes, colors, edgecolor="white", linewidth=0.6)
     _label_plans(ax, reports)
     _label_categories(ax, list(reports.values()), size)
@@ -132,9 +133,11 @@ def plot_times(
             _mark_time(ax, place + side, found, name, color, below=is_close)
     _label_plans(ax, reports)
     ax.set_ylim(0, top * 1.5 or 1)
-    ax.set_ylabel("ms")
     ticks = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, top * 1.4)
-    ax.set_yticks(ticks[ticks <= top * 1.5] if top else [])
+    ticks = ticks[ticks <= top * 1.5] if top else []
+    size, unit = (1000, "s") if top >= 1000 else (1, "ms")
+    ax.set_yticks(ticks, [f"{tick / size:g}" for tick in ticks])
+    ax.set_ylabel(unit)
     if not top:
         ax.text(
             0.5,
@@ -220,20 +223,31 @@ def plot_tradeoff(
     right = max([40.0, *(x for x, _ in rings + dots + grey_dots)])
     left = min([0.0, *(x for x, _ in dots + grey_dots)])  # times vary, and may be below
     ax.set_xlim(left - 0.03 * right, right * 1.1)
-    for place, text in (labels or {}).items():
-        x, y = rings[place]
-        near_end = x > 0.8 * ax.get_xlim()[1]
-        ax.annotate(
-            text,
-            (x, y),
-            (-7 if near_end else 7, 5),
-            textcoords="offset points",
-            ha="right" if near_end else "left",
-            size=8,
-            color=INK,
-        )
+    _label_rings(ax, {place: rings[place] for place in labels or {}}, labels or {})
     ax.set_xlabel(
         "extra work, %: ○ FLOPs  ● time, grey: recorded"
         if grey_dots
         else "extra work, % of a step: ○ FLOPs  ● time"
     )
+
+
+def _label_rings(
+    ax: Axes, rings: Mapping[int, tuple[float, float]], labels: Mapping[int, str]
+) -> None:
+    """Name rings to their right; a name that would lie on another goes below."""
+    right, top = ax.get_xlim()[1], ax.get_ylim()[1]
+    above: list[tuple[float, float]] = []
+    for place, (x, y) in sorted(rings.items(), key=lambda ring: -ring[1][1]):
+        close = any(abs(x - a) < 0.3 * right and b - y < 0.075 * top for a, b in above)
+        above.append((x, y))
+        near_end = x > 0.8 * right
+        ax.annotate(
+            labels[place],
+            (x, y),
+            (-7 if near_end else 7, -4 if close else 5),
+            textcoords="offset points",
+            ha="right" if near_end else "left",
+            va="top" if close else "baseline",
+            size=8,
+            color=INK,
+        )

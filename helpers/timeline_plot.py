@@ -1,7 +1,7 @@
 """A training step as a picture: what is alive, event by event, and what is running."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -73,7 +73,7 @@ def _mark_peak(ax: Axes, timeline: Timeline, size: int, measured: bool) -> None:
     y = timeline.peak_bytes / size
     ax.plot(x, y, "o", ms=5, color=INK, mfc=INK if measured else "white", zorder=5)
     fits_right = x < 0.55 * ax.get_xlim()[1]
-    layer = _layer(event.allocation.module)
+    layer = _layer_namer(timeline)(event.allocation.module)
     cause = " ".join(filter(None, (event.allocation.op, "in", layer or "the loss")))
     for text, rise, style in (
         (f"peak {format_bytes(timeline.peak_bytes)}", 9, {"weight": "bold"}),
@@ -91,18 +91,30 @@ def _mark_peak(ax: Axes, timeline: Timeline, size: int, measured: bool) -> None:
         )
 
 
-def _layer(module: str) -> str:
-    """Name the layer that a module lies in: up to its first number, blocks.3 say."""
-    layer = re.match(r"(?:[^.\d]+\.)*[^.\d]*\d[^.]*", module)
-    return layer[0] if layer else module.partition(".")[0]
+def _layer_namer(timeline: Timeline) -> Callable[[str], str]:
+    """Make a function that names the layer a module lies in.
+
+    It is a child of the model, or one of a list of blocks: blocks.3, where these have
+    parts of their own.
+    """
+    in_list = re.compile(r"((?:[^.]+\.)*?\d+)\.")
+    made_by = {event.allocation.module for event in timeline.events}
+    blocks = {found[1] for module in made_by if (found := in_list.match(module))}
+
+    def name(module: str) -> str:
+        found = in_list.match(module + ".")
+        is_block = found and found[1] in blocks
+        return found[1] if is_block else module.partition(".")[0]
+
+    return name
 
 
 def _plot_strip(ax: Axes, timeline: Timeline) -> None:
     """Draw what is running, under zero: a box for each layer in its phase's colour."""
-    running, what = ("forward", ""), []
+    running, what, name = ("forward", ""), [], _layer_namer(timeline)
     for event in timeline.events[timeline.first_allocation :]:
         if event.kind == "alloc":
-            running = (event.phase, _layer(event.allocation.module))
+            running = (event.phase, name(event.allocation.module))
         what.append(running)
     bottom, width, place = ax.get_ylim()[0], ax.get_xlim()[1], 0
     box_bottom, boxes, colors, labels, recomputed = 0.5 * bottom, [], [], [], []
@@ -112,7 +124,7 @@ def _plot_strip(ax: Axes, timeline: Timeline) -> None:
         colors.append(PHASE_COLORS[phase])
         if phase == "recompute":
             recomputed.append(place)
-        label = "".join(filter(str.isdigit, layer)) or layer[:6]
+        label = "".join(filter(str.isdigit, layer)) or layer
         if label and length > 0.014 * width * len(label):
             labels.append((place + length / 2, 0.54 * box_bottom, label))
         place += length
@@ -126,7 +138,7 @@ def _plot_strip(ax: Axes, timeline: Timeline) -> None:
         if text != "recompute" or recomputed:
             style = {"ha": align, "va": "center", "size": 7, "color": color}
             ax.text(
-                min(x, 0.7 * place) if align == "left" else x,
+                min(x, place - 0.29 * width) if align == "left" else x,
                 0.78 * bottom,
                 text,
                 **style,

@@ -1,19 +1,22 @@
 """The pictures: what is drawn is the data, in the colours that mean it."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from helpers import picture
+from helpers.architectures import GPT
 from helpers.axes import COLORS, STYLE, memory_axis, memory_unit
 from helpers.checkpointing import Plan
 from helpers.measure import predict
-from helpers.models import uniform_mlp
+from helpers.models import unequal_blocks, uniform_mlp
 from helpers.picture import PALETTE
 from helpers.plots import (
     extra_work,
@@ -41,8 +44,6 @@ def ax():
 
 @pytest.fixture(scope="module")
 def reports():
-    import torch
-
     x = torch.empty(4096, 256, device="meta")
     plans = Plan(), Plan((("layer1", "layer2"), ("layer3", "layer4")))
     return [predict(lambda: uniform_mlp(4, 256), x, plan) for plan in plans]
@@ -96,6 +97,38 @@ def test_a_timelines_strip_names_layers_and_phases(ax, reports):
     assert {"forward", "backward", "recompute"} <= set(texts(ax))
     (layers,) = ax.artists
     assert "".join(name for *_, name in layers.labels).startswith("1234")
+
+
+@pytest.mark.parametrize(
+    ("make_model", "sizes", "names"),
+    [
+        (unequal_blocks, (512, 64), {"wide", "pointwise", "deep", "narrow"}),
+        (lambda: GPT(blocks=3, width=16, heads=2, vocabulary=20), None, {*"012"}),
+    ],
+    ids=["blocks by name", "blocks in a list"],
+)
+def test_a_strip_names_blocks_and_not_their_parts(ax, make_model, sizes, names):
+    if sizes:
+        make_model, batch = partial(make_model, sizes[1]), torch.empty(sizes)
+    else:
+        batch = torch.zeros(1, 8, dtype=torch.long)
+    plot_timeline(ax, predict(make_model, batch).timeline)
+    (layers,) = ax.artists
+    found = {name for *_, name in layers.labels}
+    assert names <= found and not {"0", "1"} & found - names
+
+
+def test_names_of_rings_do_not_lie_on_one_another(ax, reports):
+    plot_tradeoff(ax, [reports[0]] * 2 + [reports[1]], labels={0: "a", 1: "b", 2: "c"})
+    places = {text.get_text(): text.get_position()[1] for text in ax.texts}
+    assert places == {"a": 5, "b": -4, "c": 5}
+
+
+def test_long_times_are_in_seconds(ax, reports):
+    slow = dataclasses.replace(reports[0], step_ms=2000, step_ms_quartiles=(1900, 2100))
+    plot_times(ax, {"none": slow})
+    assert ax.get_ylabel() == "s"
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["0", "1", "2", "3"]
 
 
 def test_bars_are_as_high_as_the_categories(ax, reports):
