@@ -144,7 +144,7 @@ class Tracker(TorchDispatchMode):
         for tensor in tensors:
             if tensor.device.type in self.devices:
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self.alive:
+                if storage._cdata not in self.alive and storage.nbytes():
                     allocation = self._watch(storage, tensor, "before", "", "")
                     allocation.category = category
                     self.before.append(allocation)
@@ -204,7 +204,8 @@ class Tracker(TorchDispatchMode):
         self.flops[phase] += flops_of(func, args, kwargs, out)
         for tensor in (out,) if isinstance(out, torch.Tensor) else tensors_in(out):
             storage = tensor.untyped_storage()
-            if storage._cdata not in self.alive and tensor.device.type in self.devices:
+            is_new = storage._cdata not in self.alive and storage.nbytes()
+            if is_new and tensor.device.type in self.devices:
                 allocation = self._watch(
                     storage, tensor, phase, func.overloadpacket.__name__, self._module()
                 )

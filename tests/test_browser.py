@@ -3,16 +3,13 @@
 import functools
 import io
 import itertools
-import os
 import random
 import re
-import shutil
-from collections.abc import Iterator
 
 import pytest
 import torch
 from PIL import Image, ImageChops
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Page, expect
 
 from helpers.checkpointing import Plan
 from helpers.findings import finding
@@ -22,14 +19,9 @@ from helpers.picture import HEIGHT, SCALE, WIDTH, LabPicture
 from helpers.report import StepReport
 from tests.browser import (
     PATIENCE_MS,
-    ROOT,
     Panel,
-    chromium,
-    find_browser,
-    jupyter_lab,
     open_notebook,
     run_all,
-    write_notebook,
 )
 
 pytestmark = pytest.mark.browser
@@ -48,28 +40,8 @@ CELLS = (
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory) -> Iterator[str]:
-    """Serve copies of the notebooks, and one with labs for the tests below."""
-    if find_browser() is None:
-        stop = pytest.fail if os.environ.get("CI") else pytest.skip
-        stop("no Chromium or Chrome on this machine")
-    home = tmp_path_factory.mktemp("jupyter")
-    shutil.copytree(ROOT / "notebooks", home / "root" / "notebooks")
-    write_notebook(home / "root" / "labs.ipynb", *CELLS)
-    with jupyter_lab(home) as url:
-        yield url
-
-
-# Not for the session: while Playwright runs, no other test can use asyncio.
-@pytest.fixture(scope="module")
-def browser(url) -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
 def labs(browser, url) -> Page:
-    page = open_notebook(browser, url, "labs.ipynb")
+    page = open_notebook(browser, url, "cells.ipynb")
     run_all(page)
     return page
 

@@ -1,14 +1,11 @@
 """The budget's panel in JupyterLab: slider, field and boxes, by mouse and keys."""
 
 import functools
-import os
 import re
-import shutil
-from collections.abc import Iterator
 
 import pytest
 import torch
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 from helpers.checkpointing import Plan
 from helpers.findings import finding
@@ -17,14 +14,9 @@ from helpers.models import uniform_mlp
 from helpers.planner import best_plan, pareto, profile
 from helpers.units import format_bytes
 from tests.browser import (
-    ROOT,
     Panel,
-    chromium,
-    find_browser,
-    jupyter_lab,
     open_notebook,
     run_all,
-    write_notebook,
 )
 
 pytestmark = pytest.mark.browser
@@ -38,27 +30,8 @@ CELLS = (
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory) -> Iterator[str]:
-    """Serve copies of the notebooks, and one with a panel for the tests below."""
-    if find_browser() is None:
-        stop = pytest.fail if os.environ.get("CI") else pytest.skip
-        stop("no Chromium or Chrome on this machine")
-    home = tmp_path_factory.mktemp("jupyter")
-    shutil.copytree(ROOT / "notebooks", home / "root" / "notebooks")
-    write_notebook(home / "root" / "budget.ipynb", *CELLS)
-    with jupyter_lab(home) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def browser(url) -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
 def page(browser, url) -> Page:
-    page = open_notebook(browser, url, "budget.ipynb")
+    page = open_notebook(browser, url, "cells.ipynb")
     run_all(page)
     return page
 

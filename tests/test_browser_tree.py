@@ -1,11 +1,8 @@
 """The lab's tree of modules in JupyterLab, worked by mouse and keys."""
 
-import os
-from collections.abc import Iterator
-
 import pytest
 import torch
-from playwright.sync_api import Browser, Locator, expect
+from playwright.sync_api import Locator, expect
 
 from helpers.architectures import GPT
 from helpers.checkpointing import Plan
@@ -15,12 +12,8 @@ from helpers.picture import HEIGHT
 from tests.browser import (
     PATIENCE_MS,
     Panel,
-    chromium,
-    find_browser,
-    jupyter_lab,
     open_notebook,
     run_all,
-    write_notebook,
 )
 
 pytestmark = pytest.mark.browser
@@ -43,21 +36,8 @@ CELLS = (
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory) -> Iterator[tuple[Browser, str]]:
-    if find_browser() is None:
-        stop = pytest.fail if os.environ.get("CI") else pytest.skip
-        stop("no Chromium or Chrome on this machine")
-    home = tmp_path_factory.mktemp("jupyter")
-    (home / "root").mkdir()
-    write_notebook(home / "root" / "trees.ipynb", *CELLS)
-    with jupyter_lab(home) as url, chromium() as browser:
-        yield browser, url
-
-
-@pytest.fixture(scope="module")
-def panels(browser) -> list[Panel]:
-    browser, url = browser
-    page = open_notebook(browser, url, "trees.ipynb")
+def panels(browser, url) -> list[Panel]:
+    page = open_notebook(browser, url, "cells.ipynb")
     run_all(page)
     return [Panel(page, number) for number in range(3)]
 
