@@ -166,7 +166,9 @@ class BudgetLab(LayerLab):
                 self._budget_bytes = self.front[-1][0]
 
     def _set_scale(self) -> None:
-        self._unit_bytes, self.unit.value = memory_unit(self.front[-1][0])
+        # MiB at most: within a tenth of a GiB there may be several plans.
+        top_bytes = min(self.front[-1][0], 2**30 - 1)
+        self._unit_bytes, self.unit.value = memory_unit(top_bytes)
         self.least.description = f"least: {format_bytes(self.front[0][0])}"
         self._place = min(self._place, len(self.front) - 1)
         self.slider.max = len(self.front) - 1

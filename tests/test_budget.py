@@ -16,6 +16,7 @@ from helpers.checkpointing import Plan
 from helpers.measure import predict
 from helpers.models import MLP, DocsMLP, uniform_mlp
 from helpers.picture import HEIGHT, SCALE, WIDTH
+from helpers.planner import best_plan
 from helpers.report import StepReport
 from helpers.units import format_bytes
 from tests.test_controls import front_end_click
@@ -268,3 +269,11 @@ def test_slider_and_field_in_one_burst_the_typed_budget_counts():
     assert panel.budget_bytes == round(24.5 * MIB)
     report = every_report()[panel.plan]
     assert report.recompute_flops == cost_of(panel.budget_bytes)
+
+
+def test_the_slider_takes_the_cheapest_plan_for_its_budget_above_a_gib():
+    panel = BudgetLab(batch=20_000, settings={"depth": 8, "width": 1024})
+    assert panel.front[-1][0] > 2**30
+    for place in range(len(panel.front)):
+        panel.slider.value = place
+        assert panel.plan == best_plan(panel._chain, panel.budget_bytes)
