@@ -1,4 +1,8 @@
-"""What is predicted today, held against what was recorded: every case, in bytes."""
+"""What is predicted today, held against what was recorded: every case, in bytes.
+
+Held against each other are the peaks of the device's own allocator, which has kernels'
+scratch in it, and the peaks of the tensors alone.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +13,7 @@ import torch
 from helpers.measure import predict
 from helpers.recording import RecordedCase, RecordedSearch, Recording
 from helpers.report import StepReport
+from helpers.scratch import on_gpu
 from helpers.units import format_bytes
 
 
@@ -20,8 +25,22 @@ class Comparison:
     predicted: StepReport
 
     @property
+    def predicted_bytes(self) -> int:
+        """What the allocator was predicted to count at its peak."""
+        return self.predicted.allocator_peak_bytes
+
+    @property
+    def measured_bytes(self) -> int:
+        return self.case.measured.allocator_peak_bytes
+
+    @property
     def error_bytes(self) -> int:
-        """Predicted peak less the measured one."""
+        """The allocator's peak: the predicted one less the measured one."""
+        return self.predicted_bytes - self.measured_bytes
+
+    @property
+    def tensors_error_bytes(self) -> int:
+        """The same of the tensors alone, without kernels' scratch."""
         return self.predicted.peak_bytes - self.case.measured.peak_bytes
 
     @property
@@ -32,7 +51,7 @@ class Comparison:
     @property
     def error(self) -> float:
         """The error as a share of what was measured."""
-        return self.error_bytes / self.case.measured.peak_bytes
+        return self.error_bytes / self.measured_bytes
 
     @property
     def must_be_exact(self) -> bool:
@@ -50,22 +69,26 @@ class Comparison:
             "optimizer": step.optimizer,
             "precision": step.precision,
             "plan": str(self.case.plan),
-            "predicted_bytes": self.predicted.peak_bytes,
-            "measured_bytes": measured.peak_bytes,
+            "predicted_bytes": self.predicted_bytes,
+            "measured_bytes": self.measured_bytes,
             "error_bytes": self.error_bytes,
+            "tensors_error_bytes": self.tensors_error_bytes,
             "after_forward_error_bytes": self.after_forward_error_bytes,
+            "scratch_bytes": measured.scratch_bytes,
+            "padding_bytes": measured.padding_bytes,
             "workspace_bytes": measured.workspace_bytes,
             "reserved_bytes": measured.reserved_bytes,
         }
 
 
 def compare(recording: Recording) -> list[Comparison]:
-    """Predict every measured case anew."""
-    return [
-        Comparison(case, predicted_today(case))
-        for case in recording.cases
-        if case.measured
-    ]
+    """Predict every measured case anew, for the GPU that it was measured on."""
+    with on_gpu(recording.kind):
+        return [
+            Comparison(case, predicted_today(case))
+            for case in recording.cases
+            if case.measured
+        ]
 
 
 def predicted_today(case: RecordedCase) -> StepReport:
@@ -86,11 +109,10 @@ def lines(comparisons: Sequence[Comparison]) -> list[str]:
         wrong = [one for one in found if one.error_bytes]
         written.append(f"{step}: {len(found) - len(wrong)} of {len(found)} exact")
         for one in wrong:
-            measured = one.case.measured.peak_bytes
             written.append(
-                f"  {one.case.plan}: predicted {one.predicted.peak_bytes:,} B, "
-                f"measured {measured:,} B, error {one.error_bytes:+,} B "
-                f"({100 * one.error:+.3f} %)"
+                f"  {one.case.plan}: predicted {one.predicted_bytes:,} B, "
+                f"measured {one.measured_bytes:,} B, error {one.error_bytes:+,} B "
+                f"({100 * one.error:+.3f} %); {_causes(one)}"
             )
     exact = sum(not one.error_bytes for one in comparisons)
     largest = max((abs(one.error) for one in comparisons), default=0.0)
@@ -99,6 +121,15 @@ def lines(comparisons: Sequence[Comparison]) -> list[str]:
         f"the largest error is {100 * largest:.3f} %"
     )
     return written
+
+
+def _causes(one: Comparison) -> str:
+    """Say how an error divides, and how much larger blocks were than need be."""
+    return (
+        f"tensors {one.tensors_error_bytes:+,} B, kernels' scratch "
+        f"{one.error_bytes - one.tensors_error_bytes:+,} B; blocks were "
+        f"{one.case.measured.padding_bytes:,} B larger than what was asked for"
+    )
 
 
 def describe_search(found: RecordedSearch) -> str:

@@ -89,35 +89,40 @@ def allocator_bytes(
     """Count an unwatched step's bytes by CUDA's own allocator, as a report's fields.
 
     What other tenants of the process hold, the cuBLAS workspace among them, is what is
-    allocated before the step less the tensors that belong to it.
+    allocated before the step less the tensors that belong to it. What is left at the
+    peak is the step's tensors, and what kernels take inside an operator.
 
     Args:
         state: tensors of the optimizer's state, nested in any way.
     """
-    torch._C._cuda_clearCublasWorkspaces()
-    gc.collect()
-    torch.cuda.synchronize()
-    without_workspace = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    start_bytes = torch.cuda.memory_allocated()
     lasting = list(tensors_in([*model.parameters(), *model.buffers(), batch]))
-    gradients = [tensor.grad for tensor in lasting if tensor.grad is not None]
-    own = tensors_in([lasting, gradients, state])
+
+    def allocated_without_gradients() -> int:
+        for tensor in lasting:
+            tensor.grad = None
+        gc.collect()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    torch._C._cuda_clearCublasWorkspaces()
+    without_workspace = allocated_without_gradients()
+    step()
+    start_bytes = allocated_without_gradients()
     storages = {
         tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
-        for tensor in own
+        for tensor in tensors_in([lasting, state])
         if tensor.is_cuda
     }
     others = start_bytes - sum(map(round_to_block, storages.values()))
     torch.cuda.empty_cache()  # or what earlier steps reserved would count as well
     torch.cuda.reset_peak_memory_stats()
-    levels: list[int] = []
-    step(lambda: levels.append(torch.cuda.memory_allocated() - others))
+    step()
     torch.cuda.synchronize()
+    allocated = torch.cuda.max_memory_allocated()
+    asked_for = torch.cuda.memory_stats()["requested_bytes.all.peak"]
     return {
-        "peak_bytes": torch.cuda.max_memory_allocated() - others,
-        "after_forward_bytes": levels[0],
+        "allocator_peak_bytes": allocated - others,
+        "padding_bytes": allocated - asked_for,
         "workspace_bytes": start_bytes - without_workspace,
         "reserved_bytes": torch.cuda.max_memory_reserved(),
     }

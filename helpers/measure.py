@@ -8,6 +8,7 @@ and lifetimes but no data, and gives the same bytes.
 
 import contextlib
 import dataclasses
+import functools
 import random
 import statistics
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -36,6 +37,7 @@ from helpers.dry_run import (
     meta_model,
 )
 from helpers.report import StepReport
+from helpers.scratch import scratch_bytes, this_gpu
 from helpers.step import Loss, time_step_ms, training_step
 from helpers.timeline import Timeline, record_timeline
 
@@ -87,6 +89,8 @@ def predict(
         # What the host keeps, an optimizer's step count say, is no GPU memory.
         devices = ("meta",) if device == "cuda" else ("meta", "cpu")
         record = {"batch": batch, "optimizer": made, "devices": devices, "run": _shapes}
+        if device == "cuda":
+            record["scratch"] = functools.partial(scratch_bytes, gpu=this_gpu())
         cast = contextlib.nullcontext()
         if autocast:
             cast, record["run"] = autocast_on_meta(device), without_autocast(_shapes)
@@ -248,9 +252,11 @@ def _steps(
         made = optimizer(model.parameters()) if optimizer else None
         step = training_step(model, batch, loss, made, autocast)
 
+        gpus = [torch.cuda.current_device()] if device == "cuda" else []
+
         @contextlib.contextmanager
         def applied(plan: Plan) -> Iterator[None]:
-            with uncounted(), torch.random.fork_rng(), torch.enable_grad():
+            with uncounted(), torch.random.fork_rng(gpus), torch.enable_grad():
                 with checkpointed(model, plan, **checkpoint_options):
                     yield
 
@@ -299,7 +305,7 @@ def _needed_bytes(
         if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
             return 0, 0
         raise
-    return report.peak_bytes, report.timeline.fixed_bytes
+    return report.allocator_peak_bytes, report.timeline.fixed_bytes
 
 
 def report_of(timeline: Timeline, plan: Plan, device: str, source: str) -> StepReport:
@@ -316,6 +322,7 @@ def report_of(timeline: Timeline, plan: Plan, device: str, source: str) -> StepR
         device=device,
         source=source,
         plan=plan,
+        allocator_peak_bytes=timeline.allocator_peak_bytes,
         timeline=timeline,
     )
 

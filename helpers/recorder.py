@@ -29,6 +29,7 @@ from helpers.recording import (
 from helpers.recording_schema import RecordingError
 from helpers.recording_set import Group, Search, groups, searches
 from helpers.report import StepReport
+from helpers.scratch import this_gpu
 from helpers.step import training_step
 
 REPEATS, WARMUP, SEED = 20, 3, 0
@@ -79,7 +80,8 @@ def resumed(path: Path, blank: Recording) -> Recording:
     if not path.exists():
         return blank
     found = read(path)
-    for name in ("gpu", "driver", "cuda", "torch", "settings", "made_up"):
+    same = ("gpu", "driver", "cuda", "torch", "processors", "threads")
+    for name in (*same, "settings", "made_up"):
         there, here = getattr(found, name), getattr(blank, name)
         if there != here:
             raise RecordingError(
@@ -189,7 +191,7 @@ def run_search(search: Search, device: str) -> RecordedSearch:
         with torch.device("meta"):
             batch = step.make_batch(rows)
         report = predict(shapes, batch, search.plan, device=device, **options)
-        return report.peak_bytes <= search.limit_bytes
+        return report.allocator_peak_bytes <= search.limit_bytes
 
     with torch.device(device):
         model = step.make_model()
@@ -216,7 +218,10 @@ def run_search(search: Search, device: str) -> RecordedSearch:
 def outcome(cases: list[RecordedCase]) -> str:
     """Say in a few words how a group's predictions did."""
     measured = [case for case in cases if case.measured]
-    same = sum(c.measured.peak_bytes == c.predicted.peak_bytes for c in measured)
+    same = sum(
+        c.measured.allocator_peak_bytes == c.predicted.allocator_peak_bytes
+        for c in measured
+    )
     words = f"{same} of {len(measured)} as predicted to the byte"
     missing = len(cases) - len(measured)
     return f"{words}, {missing} out of memory" if missing else words
@@ -253,6 +258,7 @@ def this_machine() -> Recording:
         cuda=torch.version.cuda or "none",
         torch=torch.__version__,
         date=datetime.date.today().isoformat(),
+        **this_gpu()._asdict(),
         settings={"repeats": REPEATS, "warmup": WARMUP},
     )
 

@@ -27,6 +27,7 @@ from helpers.recording_schema import (
 )
 from helpers.recording_set import Search, Step, all_settings
 from helpers.report import StepReport
+from helpers.scratch import Gpu
 
 FOLDER = Path(__file__).with_name("recordings")
 OUT_OF_MEMORY = "out of memory"
@@ -90,10 +91,17 @@ class Recording:
     cuda: str
     torch: str
     date: str
+    processors: int  # multiprocessors, of so many threads each
+    threads: int
     settings: dict[str, int]  # repeats and warmup
     made_up: bool = False  # for tests; never shown to a reader
     cases: tuple[RecordedCase, ...] = field(default=(), repr=False)
     searches: tuple[RecordedSearch, ...] = field(default=(), repr=False)
+
+    @property
+    def kind(self) -> Gpu:
+        """What predictions have to know of the GPU."""
+        return Gpu(self.processors, self.threads)
 
     @property
     def label(self) -> str:

@@ -76,6 +76,8 @@ RECORDING = {
     "cuda": TEXT,
     "torch": TEXT,
     "date": TEXT,
+    "processors": WHOLE,
+    "threads": WHOLE,
     "settings": Kind(
         "an object with 'repeats' and 'warmup', two whole numbers",
         lambda value: (
@@ -123,6 +125,8 @@ REPORT = {
     "source": _one_of("measured", "predicted"),
     "plan": PLAN,
     "repeats": WHOLE,
+    "allocator_peak_bytes": WHOLE,
+    "padding_bytes": WHOLE,
     "workspace_bytes": WHOLE,
     "reserved_bytes": WHOLE,
 }

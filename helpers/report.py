@@ -24,9 +24,17 @@ class StepReport:
     source: Literal["measured", "predicted", "recorded"]
     plan: Plan = Plan()
     repeats: int = 0  # how many runs the median is of
-    workspace_bytes: int = 0  # cuBLAS's own, not in peak_bytes
-    reserved_bytes: int = 0  # most that CUDA's allocator took from the GPU, for all
+    # Of the device's allocator; all but the first are measured on CUDA alone.
+    allocator_peak_bytes: int = 0  # most it counts: peak_bytes and kernels' scratch
+    padding_bytes: int = 0  # by how much its blocks are larger than what is asked for
+    workspace_bytes: int = 0  # cuBLAS's own, in neither peak
+    reserved_bytes: int = 0  # most that it took from the GPU, for all
     timeline: Timeline | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """By how much kernels' scratch makes the allocator's peak higher."""
+        return max(0, self.allocator_peak_bytes - self.peak_bytes)
 
     def to_dict(self) -> dict:
         """Make a dict that ``json`` can write; the timeline is left out."""
@@ -58,9 +66,12 @@ class StepReport:
                 for category, n_bytes in self.categories.items()
                 if n_bytes
             ),
+            "scratch of kernels": f"{format_bytes(self.scratch_bytes)} on top",
             "forward": format_flops(self.forward_flops),
             "recompute": format_flops(self.recompute_flops),
         }
+        if self.source == "predicted" or not self.scratch_bytes:
+            del rows["scratch of kernels"]  # it differs from one GPU to the next
         if self.step_ms is not None:
             low, high = self.step_ms_quartiles
             rows["step"] = (

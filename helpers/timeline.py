@@ -13,6 +13,7 @@ from helpers.tracker import (
     Allocation,
     Tracker,
     call,
+    no_scratch,
     state_tensors,
     tensors_in,
 )
@@ -61,9 +62,11 @@ class Timeline:
         before: list[Allocation],
         log: list[tuple[str, Allocation, str]],
         flops: dict[str, int],
+        scratch: Iterable[tuple[int, int]] = (),
     ) -> None:
         self.flops = flops  # by phase: matrix products and convolutions
         self._before = before
+        self._scratch = scratch  # how many events came before, and bytes
         level = sum(allocation.bytes for allocation in before)
         self.events: list[Event] = []
         for kind, allocation, phase in log:
@@ -111,6 +114,12 @@ class Timeline:
     def peak_bytes(self) -> int:
         """The most bytes alive at once during the step."""
         return self._level_before(self.peak_place + 1)
+
+    @property
+    def allocator_peak_bytes(self) -> int:
+        """The most at once if kernels' scratch counts as well, where it is known."""
+        levels = (self._level_before(place) + more for place, more in self._scratch)
+        return max(self.peak_bytes, *levels, 0)
 
     def at_peak(self, largest: int = 8) -> Peak:
         """Say what is alive at the peak.
@@ -197,6 +206,7 @@ def record_timeline(
     optimizer: torch.optim.Optimizer | None = None,
     devices: Iterable[str] | None = None,
     run: Callable = call,
+    scratch: Callable = no_scratch,
 ) -> Timeline:
     """Run ``step`` once and record every storage that it allocates and frees.
 
@@ -209,17 +219,19 @@ def record_timeline(
         optimizer: the step's optimizer, where there is one.
         devices: which tensors count; default: those on the model's own device.
         run: runs an operator, as ``run(func, args, kwargs)``; default: just calls it.
+        scratch: tells how many bytes an operator takes besides tensors, as
+            ``scratch(func, args)``.
 
     Backward runs on the calling thread meanwhile, so this is no way to time a step.
     """
     if devices is None:
         first = next(model.parameters(), None)
         devices = ("cpu" if first is None else first.device.type,)
-    tracker = Tracker(model, frozenset(devices), run)
+    tracker = Tracker(model, frozenset(devices), run, scratch)
     tracker.expect("input", tensors_in(batch))
     if optimizer is not None:
         tracker.expect("optimizer_state", state_tensors(optimizer))
     with torch.autograd.set_multithreading_enabled(False), tracker.watching():
         step()
     tracker.categorise()
-    return Timeline(tracker.before, tracker.log, tracker.flops)
+    return Timeline(tracker.before, tracker.log, tracker.flops, tracker.scratch)

@@ -86,6 +86,10 @@ def call(func: Callable, args: tuple, kwargs: dict) -> object:
     return func(*args, **kwargs)
 
 
+def no_scratch(func: torch._ops.OpOverload, args: tuple) -> int:
+    return 0
+
+
 def flops_of(func: torch._ops.OpOverload, args: tuple, kwargs: dict, out) -> int:
     """Count FLOPs as ``torch.utils.flop_counter`` does, once for each shape."""
     if func.overloadpacket not in flop_registry:
@@ -116,10 +120,15 @@ class Tracker(TorchDispatchMode):
         return False
 
     def __init__(
-        self, model: nn.Module, devices: frozenset[str], run: Callable
+        self,
+        model: nn.Module,
+        devices: frozenset[str],
+        run: Callable,
+        scratch: Callable = no_scratch,
     ) -> None:
         super().__init__()
         self.run = run
+        self.scratch_of = scratch
         self.model = model
         self.devices = devices
         self.names = {id(module): name for name, module in model.named_modules()}
@@ -132,6 +141,7 @@ class Tracker(TorchDispatchMode):
         self.alive: dict[int, Allocation] = {}  # by address of the storage
         self.before: list[Allocation] = []
         self.log: list[tuple[str, Allocation, str]] = []
+        self.scratch: list[tuple[int, int]] = []  # length of the log, and bytes then
         self.flops = dict.fromkeys(PHASES, 0)
         self.expect("parameter", [*model.parameters(), *model.buffers()])
         self.expect("gradient", self._gradients())
@@ -210,6 +220,8 @@ class Tracker(TorchDispatchMode):
                     storage, tensor, phase, func.overloadpacket.__name__, self._module()
                 )
                 self.log.append(("alloc", allocation, phase))
+        if n_bytes := self.scratch_of(func, args):
+            self.scratch.append((len(self.log), n_bytes))
         return out
 
     def _notice(self, args: tuple, phase: str) -> None:

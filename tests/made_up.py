@@ -51,6 +51,8 @@ def blank(**changes: object) -> Recording:
             "cuda": "none",
             "torch": torch.__version__,
             "date": "2000-01-01",
+            "processors": 1,
+            "threads": 1,
             "settings": {"repeats": 2, "warmup": 1},
             "made_up": True,
         }

@@ -45,13 +45,18 @@ def all_alone(names: list[str]) -> list[Plan]:
     return [Plan.alone(itertools.compress(names, row)) for row in ticks]
 
 
-def assert_predicted(model, batch, plans, **settings) -> None:
+def assert_predicted(model, batch, plans, spare_bytes=0, **settings) -> None:
+    """Hold tensors, and the allocator's own count, against their predictions.
+
+    Args:
+        spare_bytes: by how much blocks may be larger than what was asked for.
+    """
     reports = measure_plans(model, batch, plans, repeats=0, **settings)
     for plan, measured in zip(plans, reports, strict=True):
         predicted = predict(model, batch, plan, device="cuda", **settings)
         assert numbers(predicted) == numbers(measured), plan
-        # The allocator's count and the tracker's, of the same step on the same device.
-        assert measured.timeline.peak_bytes == measured.peak_bytes, plan
+        more = measured.allocator_peak_bytes - predicted.allocator_peak_bytes
+        assert abs(more) <= spare_bytes, (plan, more, measured.padding_bytes)
 
 
 @pytest.fixture
@@ -80,9 +85,17 @@ def test_no_box_of_the_docs_mlp_changes_the_peak(rows, n_bytes):
 @pytest.mark.parametrize("dropout", [0, 0.1])
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "tanh"])
 def test_predicted_is_measured(activation, dropout, optimizer):
-    model = MLP([520, 1024, 776, 512, 10], activation, dropout).cuda()
-    x = torch.randn(2048, 520, device="cuda")
+    model = MLP([512, 1024, 1024, 512, 10], activation, dropout).cuda()
+    x = torch.randn(2048, 512, device="cuda")
     assert_predicted(model, x, MIXED, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("dropout", [0, 0.1])
+def test_odd_sizes_are_predicted_but_for_what_the_allocator_does_not_split(dropout):
+    """It hands out a block whole if what would be left over is 1 MiB or less."""
+    model = MLP([520, 1024, 776, 512, 10], "gelu", dropout).cuda()
+    x = torch.randn(2048, 520, device="cuda")
+    assert_predicted(model, x, MIXED, spare_bytes=4 * 2**20)
 
 
 @pytest.mark.parametrize("options", [{"foreach": False}, {"fused": True}], ids=str)
@@ -119,7 +132,7 @@ def test_a_loop_by_hand_peaks_where_it_was_predicted():
                 loss.backward()
                 del output, loss
         peak = torch.cuda.max_memory_allocated() - before
-        assert peak == predict(model, x, plan).peak_bytes
+        assert peak == predict(model, x, plan).allocator_peak_bytes
         del model, x
         gc.collect()
         assert torch.cuda.memory_allocated() == before
@@ -140,13 +153,13 @@ def test_a_model_on_the_host_is_measured_on_a_copy():
 @pytest.mark.parametrize(("activation", "dropout"), [("relu", 0), ("gelu", 0.1)])
 def test_predicted_is_measured_under_autocast(activation, dropout, optimizer):
     """Within a thousandth, as lower precision may pick kernels with scratch space."""
-    model = MLP([520, 1024, 776, 512, 10], activation, dropout).cuda()
-    x, settings = torch.randn(2048, 520, device="cuda"), {"autocast": torch.bfloat16}
+    model = MLP([512, 1024, 1024, 512, 10], activation, dropout).cuda()
+    x, settings = torch.randn(2048, 512, device="cuda"), {"autocast": torch.bfloat16}
     settings["optimizer"] = optimizer
     for plan in MIXED:
         report = measure(model, x, plan, repeats=0, **settings)
         predicted = predict(model, x, plan, **settings)
-        for name in ("peak_bytes", "after_forward_bytes"):
+        for name in ("peak_bytes", "after_forward_bytes", "allocator_peak_bytes"):
             expected = pytest.approx(getattr(report, name), rel=1e-3)
             assert getattr(predicted, name) == expected, (plan, name)
 
@@ -155,7 +168,9 @@ def test_what_is_reserved_holds_what_is_allocated_and_the_workspaces():
     model, x = uniform_mlp(8, 1024).cuda(), torch.randn(8192, 1024, device="cuda")
     report = measure(model, x, repeats=0)
     assert report.workspace_bytes > 0, "cuBLAS takes its own from the same allocator"
-    assert report.reserved_bytes >= report.peak_bytes + report.workspace_bytes
+    allocated_bytes = report.allocator_peak_bytes + report.workspace_bytes
+    assert report.reserved_bytes >= allocated_bytes
+    assert 0 <= report.padding_bytes < 2**20
     assert report.reserved_bytes <= torch.cuda.get_device_properties(0).total_memory
 
 
@@ -171,6 +186,8 @@ def test_a_recorded_group_is_as_predicted():
     assert [case.plan for case in cases] == list(plans)
     for case in cases:
         assert case.measured.peak_bytes == case.predicted.peak_bytes
+        allocated_bytes = case.measured.allocator_peak_bytes
+        assert allocated_bytes == case.predicted.allocator_peak_bytes
         assert case.measured.reserved_bytes > 0 and case.base_ms > 0
 
 
