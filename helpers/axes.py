@@ -30,7 +30,7 @@ PHASE_COLORS = {
     "optimizer": "#F4F4F4",
 }
 INK, QUIET = "#222222", "#707070"
-RECORDED = "#A8A8A8"  # what another machine measured: filled, and grey
+RECORDED = "#888888"  # what another machine measured: filled, and grey
 LINES = ("#222222", "#009E73", "#CC79A7", "#A6761D")  # hues that mean nothing else
 
 
@@ -87,6 +87,22 @@ def label_above(
         ha="center",
         **({"color": INK, "va": "bottom"} | style),
     )
+
+
+def name_recorded(ax: Axes, label: str, at_top: bool = False) -> None:
+    """Say in a corner, in two lines, whose measurements are grey."""
+    if label:
+        ax.annotate(
+            f"grey: {label.replace(', ', chr(10), 1)}",
+            (1, at_top),
+            (-3, -2 if at_top else 2),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            ha="right",
+            va="top" if at_top else "bottom",
+            size=7,
+            color=QUIET,
+        )
 
 
 def name_at_end(ax: Axes, x: float, y: float, name: str, color: str) -> None:

@@ -68,6 +68,7 @@ class Chain:
     _: KW_ONLY
     static_bytes: int = 0  # parameters, optimizer state, batch
     loss_forward_bytes: int = 0  # the loss's peak while the last output is alive
+    loss_beside_bytes: int = 0  # more of it where the last stage is checkpointed
     loss_backward_bytes: int = 0  # and in its backward, where that output can go
     per_segment_bytes: int = 0  # what a checkpoint call itself holds
     backward_bytes: int = 0  # alive all through backward: the loss, the output
@@ -139,8 +140,10 @@ class Chain:
 
     def loss_need(self, checkpointed: bool) -> int:
         """Say what the loss needs above what the stages hold."""
-        freed = self.stages[-1].output_bytes if checkpointed else 0
-        return max(self.loss_forward_bytes, self.loss_backward_bytes - freed)
+        if not checkpointed:
+            return max(self.loss_forward_bytes, self.loss_backward_bytes)
+        forward = self.loss_forward_bytes + self.loss_beside_bytes
+        return max(forward, self.loss_backward_bytes - self.stages[-1].output_bytes)
 
     def held(self, first: int, last: int) -> int:
         """Say what a checkpointed segment holds: its output, and its call's own."""

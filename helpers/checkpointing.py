@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
-from helpers import module_lists
+from helpers import contexts, module_lists
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,7 @@ def checkpointed(
     Raises:
         ValueError: for a name that is not in the model, comes twice, lies inside
             another, or does not follow the one before it. Lists the names that exist.
+            For a ``context_fn`` that is none, or from the model where it fails.
     """
     _check(model, plan)
     call = functools.partial(
@@ -125,8 +126,10 @@ def checkpointed(
         use_reentrant=use_reentrant,
         preserve_rng_state=preserve_rng_state,
         early_stop=early_stop,
-        context_fn=context_fn or noop_context_fn,
     )
+    if context_fn is not None:  # torch.compile cannot look into one of Python's own
+        checked = contexts.checked(context_fn, use_reentrant)
+        call = functools.partial(call, context_fn=checked)
     forwards = {
         segment[0]: functools.partial(call, model.get_submodule(segment[0]).forward)
         for segment in plan.segments

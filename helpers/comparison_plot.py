@@ -13,8 +13,8 @@ def plot_comparison(ax: Axes, comparisons: Sequence[Comparison]) -> None:
 
     Cases whose error is not 0 have a dark rim, and the largest error is named.
     """
-    measured = [one.case.measured.peak_bytes for one in comparisons]
-    predicted = [one.predicted.peak_bytes for one in comparisons]
+    measured = [one.measured_bytes for one in comparisons]
+    predicted = [one.predicted_bytes for one in comparisons]
     size, unit = memory_unit(max(measured))
     ends = [0.5 * min(measured) / size, 2 * max(measured) / size]
     ax.plot(ends, ends, color=QUIET, lw=0.8, zorder=1)
@@ -33,7 +33,7 @@ def plot_comparison(ax: Axes, comparisons: Sequence[Comparison]) -> None:
     if worst.error_bytes:
         ax.annotate(
             f"{worst.error_bytes:+,} B ({100 * worst.error:+.3f} %)",
-            (worst.case.measured.peak_bytes / size, worst.predicted.peak_bytes / size),
+            (worst.measured_bytes / size, worst.predicted_bytes / size),
             (8, -8),
             textcoords="offset points",
             va="top",

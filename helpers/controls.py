@@ -27,7 +27,7 @@ from helpers.module_rows import ModuleRows
 from helpers.picture import HEIGHT, WIDTH, LabPicture, smaller
 from helpers.recorded_choice import RecordedChoice
 from helpers.report import StepReport
-from helpers.rows import LayerRows, is_flat, wide
+from helpers.rows import SILENT_ICONS, LayerRows, is_flat, wide
 from helpers.step import Loss
 from helpers.units import format_bytes, format_change, format_flops, format_ms
 
@@ -92,8 +92,10 @@ class LayerLab(widgets.HBox):
         self.recorded = RecordedChoice(lambda: self._later(self._draw))
         self.picture = widgets.HTML().add_class("layer-lab-picture")
         self.readout = widgets.HTML().add_class("layer-lab-readout")
+        icons = widgets.HTML(f"<style>{SILENT_ICONS}</style>")
+        icons.layout.display = "none"
         left = [*self.controls.values(), shortcut_rows, self._rows]
-        left += [self.measure_button, self.recorded]
+        left += [self.measure_button, self.recorded, icons]
         right = [self.picture, self.readout]
         super().__init__(
             [
@@ -422,7 +424,7 @@ class LayerLab(widgets.HBox):
                 "much for this CPU: take a batch or a width that needs at most "
                 f"{format_flops(CPU_FLOPS)}, or a GPU; the prediction holds without it"
             )
-        needed_bytes = self._tried[self._key()][Plan()].peak_bytes
+        needed_bytes = self._tried[self._key()][Plan()].allocator_peak_bytes
         if needed_bytes > memory_bytes(device):
             raise MemoryError(too_large(device, needed_bytes))
 
@@ -439,6 +441,8 @@ class LayerLab(widgets.HBox):
             if report.peak_bytes == predicted.peak_bytes:
                 word = f"as predicted for a {device.upper()} (dropout masks differ)"
         note = f"measured on {place}: {format_bytes(report.peak_bytes)}, {word}"
+        if report.scratch_bytes:
+            note += f", {format_bytes(report.scratch_bytes)} of kernels' scratch on top"
         note += f"; step {format_ms(report.step_ms)}"
         if report.plan.segments:
             note += f" ({format_change(report.step_ms, base.step_ms)})"

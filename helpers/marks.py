@@ -5,7 +5,9 @@ between two marks can be read off when the step is over.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,8 +16,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from helpers.tracker import Allocation, Tracker, tensors_in
+from helpers.uses import Numbers, node_number, used_elsewhere
 
 BEFORE = "(before)"  # what a model does before the first layer of a chain inside it
+
+FREED_EARLY = ("free", "forward")
 
 
 class Mark(NamedTuple):
@@ -43,6 +48,8 @@ class MarkedStep:
     inputs: dict[str, Allocation] = field(default_factory=dict)
     outputs: dict[str, list[Allocation]] = field(default_factory=dict)
     in_place: set[str] = field(default_factory=set)  # they change their input
+    used_elsewhere: set[str] = field(default_factory=set)  # besides by the next one
+    nodes: dict[str, Numbers] = field(default_factory=dict)
     versions: list[int] = field(default_factory=list)
     backward_end: Mark | None = None
     parameters: list[nn.Parameter] = field(default_factory=list)
@@ -51,6 +58,7 @@ class MarkedStep:
     )  # no gradient before BEFORE's
     fault: str = ""
     levels: list[int] = field(default_factory=list)  # before each event; at the end
+    brief: set[Allocation] = field(default_factory=set)  # see _brief
 
     def record(self, step: Callable[[], object], model: nn.Module) -> None:
         """Run the step.
@@ -74,15 +82,48 @@ class MarkedStep:
                 f"backward does not reach {self.names[-1]!r}, nor any layer before it, "
                 "so there is nothing to plan"
             )
-        level = sum(allocation.bytes for allocation in self.tracker.before)
-        self.levels = [level]
-        for kind, allocation, _ in self.tracker.log:
-            level += allocation.bytes if kind == "alloc" else -allocation.bytes
-            self.levels.append(level)
+        self.levels = self.levels_without()
+        self.brief = self._brief()
+
+    def levels_without(self, beside: Collection[Allocation] = ()) -> list[int]:
+        """List the bytes alive before each event and at the end, but for a few."""
+        changes = (
+            0 if it in beside else it.bytes if kind == "alloc" else -it.bytes
+            for kind, it, _ in self.tracker.log
+        )
+        first = sum(it.bytes for it in self.tracker.before)
+        return list(itertools.accumulate(changes, initial=first))
+
+    def _brief(self) -> set[Allocation]:
+        """Find what lies beside the chain in forward, and is gone before backward.
+
+        A second output may do so: of a checkpointed layer nothing else saves it.
+        """
+        events = self.tracker.log[self.starts[BEFORE].place :]
+        made = {it for kind, it, _ in events if kind == "alloc"}
+        gone = {it for kind, it, phase in events if (kind, phase) == FREED_EARLY}
+        chain = {*self.inputs.values(), *self.outputs[self.names[-1]][:1]}
+        return made & gone - chain
 
     def peak(self, start: int, stop: int) -> int:
         """Find the highest level between two places."""
         return max(self.levels[start : stop + 1])
+
+    @functools.cached_property
+    def end(self) -> int:
+        """The place where the last stage's caller has let go of its input."""
+        log, end = self.tracker.log, self.ends[self.names[-1]].place
+        while end < len(log) and log[end][0] == "free":
+            end += 1
+        return end
+
+    def output_bytes(self, name: str) -> int:
+        """Count a stage's output, and what else it made and returns for longer."""
+        first, last = self.starts[name].place, self.ends[name].place
+        made = {it for kind, it, _ in self.tracker.log[first:last] if kind == "alloc"}
+        outputs = self.outputs[name]
+        found = {*outputs[:1], *made.intersection(outputs)} - self.brief
+        return sum(it.bytes for it in found if it.phase != "before")
 
     def peak_after_start(self, name: str) -> int:
         """Find a stage's forward peak, from the level at its start."""
@@ -127,6 +168,9 @@ class MarkedStep:
             self.starts[BEFORE] = self._mark()
 
         yield model.register_forward_pre_hook(begin_model)
+        yield model.register_forward_hook(
+            lambda module, args, output: self._find_used_elsewhere(output)
+        )
         for name in self.names:
             module = model.get_submodule(name)
             yield module.register_forward_pre_hook(
@@ -169,6 +213,7 @@ class MarkedStep:
             self.inputs[name] = given[0]
         self.versions = _versions(args, kwargs)
         self.starts[name] = self._mark()
+        self.nodes[name] = Numbers(torch.autograd._get_sequence_nr())
 
     def _end(self, name: str, output: object, *given: object) -> None:
         if torch._C._current_graph_task_id() != -1 or self._given_back(name):
@@ -177,9 +222,16 @@ class MarkedStep:
             self.in_place.add(name)
         self.ends[name] = self._mark()
         self.outputs[name] = self._allocations(output)
+        if name in self.nodes:
+            end = torch.autograd._get_sequence_nr()
+            numbers = self.nodes[name]._replace(end=end, output=node_number(output))
+            self.nodes[name] = numbers
         for tensor in tensors_in(output):
             if tensor.requires_grad:
                 tensor.register_hook(lambda _: self._gradient_is_there(name))
+
+    def _find_used_elsewhere(self, output: object) -> None:
+        self.used_elsewhere = used_elsewhere(output, self.nodes)
 
     def _given_back(self, name: str) -> bool:
         return self.joined and name in self.ends

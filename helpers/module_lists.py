@@ -1,16 +1,22 @@
 """One segment for neighbours in an ``nn.ModuleList``, which has no forward to change.
 
 The model's own forward calls them one by one. So the first one runs them all, and the
-others give back what they are given. This is right only where each is fed what the one
-before returned, and nothing else in between; so that is checked at every call.
+others hand on its result, which only the last one returns. This is right only where
+each is fed what the one before returned, and nobody else uses that: both are checked.
 """
 
 import functools
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import nn
+
+
+class NoSegment(ValueError):
+    """Neighbours in a list cannot share a segment; says why."""
+
 
 CODE = """
 
@@ -48,12 +54,12 @@ def joined_forwards(
         call: runs a function of the first one's arguments as one segment.
 
     Raises:
-        ValueError: where one has hooks, which would run twice; from the forwards, if
-            the model does not feed one into the next.
+        NoSegment: where one has hooks, which would run twice; from the forwards, if
+            the model does not feed one into the next, or uses what one returns.
     """
     for name, module in zip(names, modules, strict=True):
         if module._forward_hooks or module._forward_pre_hooks:
-            raise ValueError(
+            raise NoSegment(
                 f"{name!r} has a forward hook, which would run twice if it shared a "
                 "segment; checkpoint it alone"
             )
@@ -69,18 +75,16 @@ class _Joined:
         self.names, self.modules, self.call = names, modules, call
         self.forwards = [module.forward for module in modules]
         self.running = False  # whether the modules' forwards are to be their own
-        self.returned = self.given = None
 
     def run_all(self, x, *args, **kwargs):
         if self.running:
             return self.forwards[0](x, *args, **kwargs)
         out = self.call(self.in_turn, x, *args, **kwargs)
-        self.returned, self.given = weakref.ref(out), marks(args, kwargs)
-        return out
+        return _HandedOn(self.names[0], out, marks(args, kwargs))
 
     def check_is_tensor(self, name, out):
         if not isinstance(out, torch.Tensor):
-            raise ValueError(
+            raise NoSegment(
                 f"{name!r} returns a {type(out).__name__} and not a tensor, so it "
                 f"cannot share a segment with its neighbours; checkpoint it alone"
             )
@@ -98,14 +102,61 @@ class _Joined:
     def give_back(self, place, x, *args, **kwargs):
         if self.running:
             return self.forwards[place](x, *args, **kwargs)
-        fed = self.returned is not None and x is self.returned()
-        if not fed or self.given != marks(args, kwargs):
-            raise ValueError(
-                f"{self.names[place]!r} is not fed what {self.names[place - 1]!r} "
-                "returns, and nothing else, so they cannot share a segment; "
-                "checkpoint each alone"
+        before, name = self.names[place - 1 : place + 1]
+        fed = type(x) is _HandedOn and x.name == before
+        if not fed or x.given != marks(args, kwargs):
+            raise NoSegment(
+                f"{name!r} is not fed what {before!r} returns, and nothing else, so "
+                "they cannot share a segment; checkpoint each alone"
             )
-        return x
+        is_last = place == len(self.names) - 1
+        return x.out if is_last else _HandedOn(name, x.out, x.given)
+
+
+@dataclass(frozen=True, eq=False, repr=False, slots=True)
+class _HandedOn:
+    """What a layer returns to hand it to the next one, and to nobody else.
+
+    The layer's own output is inside the segment, and its caller cannot have it.
+    """
+
+    name: str
+    out: torch.Tensor  # of the segment
+    given: list
+
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        raise NoSegment(
+            f"the model uses what {self.name!r} returns for more than the next layer, "
+            "so they cannot share a segment; checkpoint each alone"
+        )
+
+    __getattr__ = __getitem__ = __iter__ = __len__ = __bool__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = __pow__ = __neg__ = _refuse
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None) -> NoReturn:
+        refuse_handed_on([args, kwargs or {}])
+
+
+def refuse_handed_on(output: object) -> None:
+    """Refuse a model's output that has a joined layer's in it.
+
+    Raises:
+        NoSegment: names the layer.
+    """
+    for item in _flat([output]):
+        if type(item) is _HandedOn:
+            item._refuse()
+
+
+def _flat(values: Iterable) -> list:
+    """List the items of nested lists and dicts."""
+    found = []
+    for value in values:
+        value = list(value.values()) if isinstance(value, dict) else value
+        found += _flat(value) if isinstance(value, list | tuple) else [value]
+    return found
 
 
 def marks(args: tuple, kwargs: dict) -> list:

@@ -13,7 +13,7 @@ from torch import nn
 from helpers.axes import COLORS
 from helpers.checkpointing import Plan
 from helpers.inspection import Inspection, kept_by_module
-from helpers.rows import LayerRows, wide
+from helpers.rows import Join, LayerRows, wide
 from helpers.ticks import Ticks
 from helpers.timeline import Timeline
 from helpers.units import format_bytes
@@ -130,7 +130,7 @@ class ModuleRows(LayerRows):
         if name not in self._rows:
             join: widgets.Widget = widgets.Box(layout=wide(30))
             if name in self._ticks.before:
-                join = self._make_join(f"one segment with {self._ticks.before[name]}")
+                join = Join(name, self._ticks.before[name])
                 join.value = name in self._ticks.joined
                 join.observe(lambda change: self._flip_join(name, change.new), "value")
                 self.joins[name] = join

@@ -32,6 +32,7 @@ from helpers.plots import (
     plot_tradeoff,
     timeline_length,
 )
+from helpers.recorded import Recorded
 from helpers.remembered_text import TextMemoryCanvas
 from helpers.report import StepReport
 
@@ -88,10 +89,10 @@ class LabPicture:
             recorded: such pairs by plan, which another machine measured.
         """
         found, times = recorded or {}, {}
-        grey = [found[report.plan] for report in tried if report.plan in found]
+        grey = {r.plan: found[r.plan] for r in tried if r.plan in found}
         if after.plan in found:
             report, base = found[after.plan]
-            times = {"none": base, "this plan": report}
+            times = {before.plan: (base, base), after.plan: (report, base)}
         top = max(report.peak_bytes for report in (before, after, *tried))
         # Room for most plans: a new scale would have the first timeline drawn again.
         room = ROOM * timeline_length(before.timeline)
@@ -108,14 +109,17 @@ class LabPicture:
                     length=length,
                     measured=report.source == "measured",
                 )
-            self._peaks.paint((before, after, top), plot_peaks, pair, top_bytes=top)
-            self._times.paint((before, after, times), plot_times, pair, times)
+            now = Recorded(pairs=times)
+            self._peaks.paint(
+                (before, after, top, now), plot_peaks, pair, recorded=now, top_bytes=top
+            )
+            self._times.paint((before, after, now), plot_times, pair, now)
             self._tradeoff.paint(
-                (tuple(tried), tuple(measured), tuple(grey), top),
+                (tuple(tried), tuple(measured), grey, top),
                 plot_tradeoff,
                 tried,
                 measured,
-                recorded=grey,
+                recorded=Recorded(pairs=grey),
                 labels=labels,
                 top_bytes=top,
             )

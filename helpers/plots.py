@@ -1,10 +1,10 @@
 """The workbook's pictures: each function draws one thing on one axes.
 
-Here are those of reports: what is alive at the peak, times, and the trade-off. The
-others are at hand under the same name.
+Here are two of reports: what is alive at the peak, and times. The others are at hand
+under the same name, and so is what finds recorded numbers to be drawn beside them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
@@ -19,9 +19,11 @@ from helpers.axes import (
     fill_polygons,
     label_above,
     memory_axis,
+    name_recorded,
     rectangle,
 )
 from helpers.comparison_plot import plot_comparison
+from helpers.recorded import NOTHING, Recorded, find_recorded
 from helpers.report import StepReport
 from helpers.series_plots import (
     plot_agreement,
@@ -32,6 +34,7 @@ from helpers.series_plots import (
 )
 from helpers.timeline_plot import plot_timeline, timeline_length
 from helpers.tracker import CATEGORIES
+from helpers.tradeoff_plot import extra_work, plot_tradeoff
 from helpers.units import format_change, format_ms
 
 __all__ = [
@@ -39,6 +42,7 @@ __all__ = [
     "INK",
     "LINES",
     "extra_work",
+    "find_recorded",
     "plot_agreement",
     "plot_comparison",
     "plot_frontier",
@@ -54,9 +58,17 @@ __all__ = [
 
 
 def plot_peaks(
-    ax: Axes, reports: Mapping[str, StepReport], *, top_bytes: int | None = None
+    ax: Axes,
+    reports: Mapping[str, StepReport],
+    *,
+    recorded: Recorded = NOTHING,
+    top_bytes: int | None = None,
 ) -> None:
-    """Draw what is alive at each report's peak, a bar each, categories named beside."""
+    """Draw what is alive at each report's peak, a bar each, categories named beside.
+
+    Args:
+        recorded: what another machine measured; a grey arrow at a bar's end.
+    """
     top = top_bytes or max(report.peak_bytes for report in reports.values())
     size = memory_axis(ax, top)
     boxes, colors = [], []
@@ -70,6 +82,13 @@ def plot_peaks(
         text = f"{bottom:.2f}" if size == 2**30 else f"{bottom:,.1f}"
         label_above(ax, place, bottom, text, weight="bold")
     fill_polygons(ax, boxes, colors, edgecolor="white", linewidth=0.6)
+    pairs = [recorded.pair(report.plan) for report in reports.values()]
+    if any(pairs):
+        for place, pair in enumerate(pairs):
+            if pair:
+                y = pair[0].peak_bytes / size
+                ax.plot(place - 0.43, y, ">", ms=5, color=RECORDED)
+        name_recorded(ax, recorded.label, at_top=True)
     _label_plans(ax, reports)
     _label_categories(ax, list(reports.values()), size)
 
@@ -111,26 +130,40 @@ def _label_categories(ax: Axes, reports: Sequence[StepReport], size: int) -> Non
 def plot_times(
     ax: Axes,
     reports: Mapping[str, StepReport],
-    recorded: Mapping[str, StepReport] | None = None,
+    recorded: Recorded = NOTHING,
 ) -> None:
     """Draw median step times with their quartiles, and the change from the first.
 
     Args:
-        recorded: what another machine measured, by the same names; drawn in grey.
+        recorded: what another machine measured of these plans; drawn in grey.
     """
+    grey = {
+        name: pair[0]
+        for name, report in reports.items()
+        if (pair := recorded.pair(report.plan))
+    }
     timed = [
         ({name: r for name, r in found.items() if r.step_ms is not None}, color)
-        for found, color in ((reports, INK), (recorded or {}, RECORDED))
+        for found, color in ((reports, INK), (grey, RECORDED))
     ]
     highs = [r.step_ms_quartiles[1] for found, _ in timed for r in found.values()]
     top = max(highs, default=0.0)
     for place, name in enumerate(reports):
         here = [(found, color) for found, color in timed if name in found]
+        times_ms = sorted(found[name].step_ms for found, _ in here)
+        below, rise = _room_for_texts(times_ms, top, place)
         for found, color in here:
             side = (len(here) - 1) * (-0.13 if color == INK else 0.13)
-            above = [other[name].step_ms - found[name].step_ms for other, _ in here]
-            is_close = any(0 < ms < 0.35 * top for ms in above)
-            _mark_time(ax, place + side, found, name, color, below=is_close)
+            is_lower = found[name].step_ms == times_ms[0]
+            _mark_time(
+                ax,
+                place + side,
+                found,
+                name,
+                color,
+                below=below and is_lower,
+                rise=3 if is_lower else rise,
+            )
     _label_plans(ax, reports)
     ax.set_ylim(0, top * 1.5 or 1)
     ticks = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, top * 1.4)
@@ -138,6 +171,10 @@ def plot_times(
     size, unit = (1000, "s") if top >= 1000 else (1, "ms")
     ax.set_yticks(ticks, [f"{tick / size:g}" for tick in ticks])
     ax.set_ylabel(unit)
+    if grey and recorded.label:
+        runs = next(iter(grey.values())).repeats
+        words = f"{recorded.label}, medians of {runs} runs"
+        name_recorded(ax, words, at_top=True)
     if not top:
         ax.text(
             0.5,
@@ -151,6 +188,22 @@ def plot_times(
         )
 
 
+def _room_for_texts(
+    times_ms: Sequence[float], top: float, place: int
+) -> tuple[bool, float]:
+    """Say whether the lower time's text goes below it, and how high the other's is.
+
+    Args:
+        times_ms: of one plan, the lower one of two first.
+    """
+    lines = 2 if place else 1  # the first one has no change to tell
+    if len(times_ms) < 2 or times_ms[1] - times_ms[0] > 0.35 * top:
+        return False, 3
+    if times_ms[0] > 0.15 * lines * top:
+        return True, 3
+    return False, 3 + 11 * lines
+
+
 def _mark_time(
     ax: Axes,
     x: float,
@@ -158,6 +211,7 @@ def _mark_time(
     name: str,
     color: str,
     below: bool,
+    rise: float,
 ) -> None:
     """Draw one median with its quartiles, and write it above or below."""
     report, first = reports[name], next(iter(reports.values()))
@@ -171,83 +225,4 @@ def _mark_time(
     if below:
         label_above(ax, x, low, text, size=8, color=ink, va="top", rise=-4)
     else:
-        label_above(ax, x, high, text, size=8, color=ink)
-
-
-def extra_work(report: StepReport) -> float:
-    """Recomputed FLOPs as % of a step without checkpointing.
-
-    Backward multiplies twice for each forward product, so such a step is three
-    forward passes.
-    """
-    return 100 * report.recompute_flops / max(1, 3 * report.forward_flops)
-
-
-def plot_tradeoff(
-    ax: Axes,
-    predicted: Iterable[StepReport],
-    measured: Sequence[tuple[StepReport, StepReport]] = (),
-    *,
-    recorded: Sequence[tuple[StepReport, StepReport]] = (),
-    labels: Mapping[int, str] | None = None,
-    top_bytes: int | None = None,
-) -> None:
-    """Draw memory against extra work: a ring for each prediction, a dot if measured.
-
-    Args:
-        predicted: reports, or rows of a sweep's table; a ring at their extra FLOPs.
-        measured: pairs (report, the unchecked model's in the same run); a dot at the
-            extra time.
-        recorded: such pairs that another machine measured; a grey dot.
-        labels: names for some of the rings, by place in ``predicted``.
-        top_bytes: upper end of the memory axis; default: the highest peak.
-    """
-    predicted = list(predicted)
-    size = memory_axis(ax, top_bytes or max(r.peak_bytes for r in predicted))
-    rings = [(extra_work(r), r.peak_bytes / size) for r in predicted]
-    dots, grey_dots = (
-        [
-            (100 * (report.step_ms / base.step_ms - 1), report.peak_bytes / size)
-            for report, base in pairs
-        ]
-        for pairs in (measured, recorded)
-    )
-    named = [ring for place, ring in enumerate(rings) if place in (labels or {})]
-    for points, style in (
-        (grey_dots, {"mfc": RECORDED, "mec": RECORDED}),
-        (rings, {"mfc": "none", "mec": "#A8A8A8"}),
-        (dots, {"mfc": INK, "mec": INK}),
-        (named, {"mfc": "none", "mec": INK}),
-    ):
-        ax.plot(*zip(*points or [((), ())], strict=True), "o", clip_on=False, **style)
-    right = max([40.0, *(x for x, _ in rings + dots + grey_dots)])
-    left = min([0.0, *(x for x, _ in dots + grey_dots)])  # times vary, and may be below
-    ax.set_xlim(left - 0.03 * right, right * 1.1)
-    _label_rings(ax, {place: rings[place] for place in labels or {}}, labels or {})
-    ax.set_xlabel(
-        "extra work, %: ○ FLOPs  ● time, grey: recorded"
-        if grey_dots
-        else "extra work, % of a step: ○ FLOPs  ● time"
-    )
-
-
-def _label_rings(
-    ax: Axes, rings: Mapping[int, tuple[float, float]], labels: Mapping[int, str]
-) -> None:
-    """Name rings to their right; a name that would lie on another goes below."""
-    right, top = ax.get_xlim()[1], ax.get_ylim()[1]
-    above: list[tuple[float, float]] = []
-    for place, (x, y) in sorted(rings.items(), key=lambda ring: -ring[1][1]):
-        close = any(abs(x - a) < 0.3 * right and b - y < 0.075 * top for a, b in above)
-        above.append((x, y))
-        near_end = x > 0.8 * right
-        ax.annotate(
-            labels[place],
-            (x, y),
-            (-7 if near_end else 7, -4 if close else 5),
-            textcoords="offset points",
-            ha="right" if near_end else "left",
-            va="top" if close else "baseline",
-            size=8,
-            color=INK,
-        )
+        label_above(ax, x, high, text, rise, size=8, color=ink)

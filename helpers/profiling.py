@@ -103,7 +103,7 @@ def _dry_runs(
         watch(Plan())  # makes the optimizer's state
     plain = watch(Plan())
     starting = [name for name in names if name not in plain.in_place]
-    alone_plan, joined_plan = Plan.alone(starting), _joined(model, names, starting)
+    alone_plan, joined_plan = Plan.alone(starting), _joined(model, plain, starting)
     alone = watch(alone_plan)
     try:
         joined = watch(joined_plan, joined=True)
@@ -135,13 +135,14 @@ def chain_parent(model: nn.Module) -> str:
     return longest
 
 
-def _joined(model: nn.Module, names: list[str], starting: list[str]) -> Plan:
+def _joined(model: nn.Module, plain: MarkedStep, starting: list[str]) -> Plan:
     """Join neighbours into segments as long as can be."""
     segments: list[tuple[str, ...]] = []
-    for before, name in zip(["", *names], names, strict=False):
+    for before, name in zip(["", *plain.names], plain.names, strict=False):
         if (
             segments
             and before == segments[-1][-1]
+            and before not in plain.used_elsewhere
             and (follows(model, before, name) or listed_after(model, before, name))
         ):
             segments[-1] += (name,)

@@ -2,26 +2,84 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from helpers.checkpointing import Plan
+from helpers.comparison import Comparison
 from helpers.recording import FOLDER, RecordedCase, Recording, read
 from helpers.recording_set import Step, all_settings
 from helpers.report import StepReport
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 Pair = tuple[StepReport, StepReport]
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What one GPU has measured of a model, to be drawn beside what is predicted."""
+
+    label: str = ""  # GPU, torch, date; empty where there is nothing, or no name needed
+    pairs: Mapping[Plan, Pair] = field(default_factory=dict, repr=False)
+
+    def pair(self, plan: Plan | str) -> Pair | None:
+        """Find a plan's report and that of no checkpointing; its text will do."""
+        return self._by_text.get(str(plan))
+
+    @functools.cached_property
+    def _by_text(self) -> dict[str, Pair]:
+        return {str(plan): pair for plan, pair in self.pairs.items()}
+
+
+NOTHING = Recorded()
+
+
+def find_recorded(
+    model: str,
+    settings: Mapping[str, object],
+    rows: int,
+    gpu: str = "",
+    folder: Path = FOLDER,
+) -> Recorded:
+    """Find what one GPU has recorded of a model, to hand it to a plot.
+
+    Args:
+        model, settings, rows: as in ``recorded``.
+        gpu: a part of its label, such as "A100"; default: the newest recording.
+
+    Returns:
+        Nothing to draw, if nobody recorded this model in this size.
+
+    Raises:
+        ValueError: if no recording is of such a GPU.
+    """
+    labels = [recording.label for recording in recordings(folder)]
+    if gpu and not any(gpu.lower() in label.lower() for label in labels):
+        raise ValueError(
+            f"no recording is of {gpu!r}; there are: {'; '.join(labels) or 'none'}"
+        )
+    for label, pairs in recorded(model, settings, rows, folder).items():
+        if gpu.lower() in label.lower():
+            return Recorded(label, pairs)
+    return NOTHING
+
+
 def recordings(folder: Path = FOLDER) -> list[Recording]:
-    """Read what real GPUs have measured; what was made up for tests is left out.
+    """Read what real GPUs have measured, the newest first.
+
+    What was made up for tests is left out.
 
     Raises:
         RecordingError: if a file there is no recording.
     """
     files = sorted(folder.glob("*.json")) if folder.is_dir() else []
     read_before = [_read_once(file, file.stat().st_mtime_ns) for file in files]
-    return [recording for recording in read_before if not recording.made_up]
+    real = [recording for recording in read_before if not recording.made_up]
+    return sorted(real, key=lambda recording: recording.date, reverse=True)
 
 
 @functools.cache
@@ -68,5 +126,20 @@ def _pairs(cases: list[RecordedCase]) -> dict[Plan, Pair]:
             dataclasses.replace(base, step_ms=case.base_ms),
         )
         for case in cases
-        if base and case.plan in reports
+        if base and case.base_ms and case.plan in reports
     }
+
+
+def table(comparisons: Sequence[Comparison]) -> "pd.DataFrame":
+    """Sum up a comparison, a row for each model, batch, optimizer and precision."""
+    import pandas as pd  # here, since most notebooks that draw need no table
+
+    rows = pd.DataFrame([one.row() for one in comparisons])
+    errors = rows.error_bytes.abs()
+    rows["exact"], rows["error"] = errors == 0, errors
+    alike = rows.groupby(["model", "rows", "optimizer", "precision"], sort=False)
+    return alike.agg(
+        cases=("exact", "size"),
+        exact=("exact", "sum"),
+        largest_error_bytes=("error", "max"),
+    ).reset_index()

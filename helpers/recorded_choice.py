@@ -51,7 +51,7 @@ class RecordedChoice(widgets.Dropdown):
         labels = list(self._found)
         kept = self.value if self.value in labels else next(iter(labels), None)
         self._quiet = True
-        self.options = labels
+        self.options = [(label.removeprefix("NVIDIA "), label) for label in labels]
         self.value = kept
         self._quiet = False
         self.layout.display = "" if labels else "none"

@@ -1,7 +1,8 @@
 """What a recording holds: which models, batch sizes, plans, optimizers, precisions.
 
-A few minutes on a modern GPU. Every group has no checkpointing among its plans, whose
-steps lie between those of the others.
+A few minutes on a modern GPU: what the notebooks' pictures show, and the lab's first
+sizes. Every group has no checkpointing among its plans, whose steps lie between those
+of the others.
 """
 
 import inspect
@@ -14,9 +15,14 @@ import torch
 from torch import nn
 
 from helpers.checkpointing import Plan
-from helpers.models import DocsMLP, uniform_mlp
+from helpers.models import MLP, DocsMLP, unequal_blocks, uniform_mlp
 
-MODELS = {"DocsMLP": DocsMLP, "uniform_mlp": uniform_mlp}
+MODELS = {
+    "DocsMLP": DocsMLP,
+    "MLP": MLP,
+    "unequal_blocks": unequal_blocks,
+    "uniform_mlp": uniform_mlp,
+}
 OPTIMIZERS = {
     "none": None,
     "SGD": torch.optim.SGD,
@@ -24,7 +30,22 @@ OPTIMIZERS = {
     "AdamW fused": partial(torch.optim.AdamW, fused=True),
 }
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
-IN_FEATURES = {"DocsMLP": lambda settings: 1024, "uniform_mlp": lambda s: s["width"]}
+IN_FEATURES = {
+    "DocsMLP": lambda settings: 1024,
+    "MLP": lambda settings: settings["widths"][0],
+    "unequal_blocks": lambda settings: settings["width"],
+    "uniform_mlp": lambda settings: settings["width"],
+}
+# Plans that notebooks name, draw as a front, or reach with the slider; see `segments`.
+NAMED = {
+    6: "1, 1-2, 1-3, 1-2 3-4, 1-2 3-4 5",
+    8: "1-4, 5-8, 1, 1-2, 1-3, 1-3 5-6, 1-3 5-6 8, 1-4 6-8, 7, 5-6, 3-5, 1-2 3-5, "
+    "1-2 3-4 5-6, 1-2 3-4 5-6 7, 1-3 4-6, 1-3 4-5 6-7, 1-2 3-4, 2-4, 6-8",
+}
+WAIST = [1024, 2048, 2048, 512, 2048, 1024, 10]  # the widths of notebook 09
+WAIST_NAMED = (
+    "1 2-3 4, 1 2-3, 1-2, 2-3, 1 3 4, 1 4, 1, 4, 1 2 3 4 5 6, 1-3, 1-2 3-4 5-6"
+)
 
 
 @dataclass(frozen=True)
@@ -104,11 +125,22 @@ def pieces(names: list[str], size: int) -> Plan:
     return Plan(tuple(tuple(names[start : start + size]) for start in starts))
 
 
+def segments(text: str) -> Plan:
+    """Read a plan off the numbers of its layers: "1-2 5" joins the first two."""
+    ends = [part.split("-") for part in text.split()]
+    spans = [range(int(end[0]), int(end[-1]) + 1) for end in ends]
+    return Plan(tuple(tuple(f"layer{i}" for i in span) for span in spans))
+
+
 def groups() -> Iterator[Group]:
     """List what is measured, the quickest first."""
+    yield from _small()
     for rows in (32, 8192, 65536):
         plans = boxes(["layer1", "layer2", "layer3"])
         yield Group(Step("DocsMLP", {}, rows), plans)
+    yield _named("MLP", {"widths": WAIST, "activation": "gelu"}, 8192, WAIST_NAMED)
+    yield _blocks(1024, 4096)
+    yield _uniform(6, 1024, 8192, "gelu", 0.0)
     for depth, activation, dropout in itertools.product(
         (8, 16), ("relu", "gelu"), (0.0, 0.1)
     ):
@@ -136,6 +168,29 @@ def searches() -> Iterator[Search]:
             yield Search(group.step, plan, 2 * 2**30)
 
 
+def _small() -> Iterator[Group]:
+    """List what a CPU can bear as well, in the sizes that notebooks measure on one."""
+    for activation in ("relu", "gelu"):
+        yield _uniform(8, 256, 512, activation, 0.0)
+    widths = [*(width // 8 for width in WAIST[:-1]), WAIST[-1]]
+    yield _named("MLP", {"widths": widths, "activation": "gelu"}, 1024, WAIST_NAMED)
+    yield _blocks(256, 512)
+
+
+def _named(model: str, settings: dict[str, object], rows: int, plans: str) -> Group:
+    step = Step(model, all_settings(model, settings), rows)
+    return Group(step, (Plan(), *map(segments, plans.split(", "))))
+
+
+def _blocks(width: int, rows: int) -> Group:
+    """Make the group of the unequal blocks: none, each one, and two together."""
+    names = [name for name, _ in unequal_blocks(4).named_children()]
+    ticked = [[], *([name] for name in names), ["wide", "pointwise"]]
+    return Group(
+        Step("unequal_blocks", {"width": width}, rows), tuple(map(Plan.alone, ticked))
+    )
+
+
 def _hidden(depth: int) -> list[str]:
     return [f"layer{place}" for place in range(1, depth + 1)]
 
@@ -153,11 +208,15 @@ def _uniform(
     """Make the group of a uniform MLP: none, each alone, all joined, in pieces."""
     hidden = _hidden(depth)
     sizes = (1, 3) if few else (1, depth, 2, 3, 4)
+    if depth == 16 and width == 1024 and not dropout:
+        sizes = range(1, depth + 1)
     plans = [Plan(), *(pieces(hidden, size) for size in sizes)]
-    if not few and width == 1024:  # as the lab's shortcuts tick them, the last one too
+    if not few and width < 4096:  # as the lab's shortcuts tick them, the last one too
         names = [*hidden, f"layer{depth + 1}"]
         plans += [pieces(names, size) for size in (1, depth + 1, 2, 3, 4)]
+        if depth in NAMED and not dropout:
+            plans += map(segments, NAMED[depth].split(", "))
     settings = {"depth": depth, "width": width}
     settings |= {"activation": activation, "dropout": dropout}
     step = Step("uniform_mlp", settings, rows, optimizer, precision)
-    return Group(step, tuple(plans))
+    return Group(step, tuple(dict.fromkeys(plans)))

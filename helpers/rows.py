@@ -3,12 +3,41 @@
 from collections.abc import Callable
 
 import ipywidgets as widgets
+import traitlets
 from torch import nn
 
 from helpers.axes import COLORS
 from helpers.checkpointing import Plan, follows, layer_names
 from helpers.timeline import Timeline
 from helpers.units import format_bytes
+
+# The glyph of an icon is its button's name, before the title, unless it is told to be
+# silent; so a screen reader says what the title says.
+SILENT_ICONS = "".join(
+    f".layer-lab .fa-{icon}::before {{content: '\\{glyph}' / ''}}\n"
+    for icon, glyph in (
+        ("link", "f0c1"),
+        ("caret-right", "f0da"),
+        ("caret-down", "f0d7"),
+        ("clock-o", "f017"),
+    )
+)
+
+
+class Join(widgets.ToggleButton):
+    """Joins a layer to the one before it; its title says what a click does."""
+
+    before = traitlets.Unicode()
+
+    def __init__(self, name: str, before: str = "") -> None:
+        self.name = name
+        super().__init__(icon="link", before=before)
+        self.layout = wide(30, height="22px", padding="0", margin="3px 0")
+
+    @traitlets.observe("value", "before")
+    def _say(self, _: dict) -> None:
+        words = ("part", "from") if self.value else ("join", "to")
+        self.tooltip = f"{words[0]} {self.name} {words[1]} {self.before}"
 
 
 class LayerRows(widgets.VBox):
@@ -90,8 +119,7 @@ class LayerRows(widgets.VBox):
                 row = self._make_row(name, joinable)
             join, boxes[name], kept[name] = row.children
             if joinable:
-                join.tooltip = f"one segment with {before}"
-                joins[name] = join
+                join.before, joins[name] = before, join
             rows.append(row)
         self.boxes, self.joins, self._kept = boxes, joins, kept
         if names != list(old):
@@ -101,7 +129,7 @@ class LayerRows(widgets.VBox):
         """Make a layer's row: its join, or the room for one; its box; what it keeps."""
         join: widgets.Widget = widgets.Box(layout=wide(30))
         if joinable:
-            join = self._make_join()
+            join = Join(name)
             join.observe(self._flipped, "value")
         ticked = name in self.boxes and self.boxes[name].value
         box = widgets.Checkbox(ticked, description=name, indent=False, layout=wide(76))
@@ -109,11 +137,6 @@ class LayerRows(widgets.VBox):
         kept = widgets.HTML(layout=widgets.Layout(margin="0 0 0 4px"))
         layout = widgets.Layout(align_items="center", height="28px")
         return widgets.HBox([join, box, kept], layout=layout)
-
-    def _make_join(self, tooltip: str = "") -> widgets.ToggleButton:
-        join = widgets.ToggleButton(icon="link", tooltip=tooltip)
-        join.layout = wide(30, height="22px", padding="0", margin="3px 0")
-        return join
 
     def _flipped(self, _: dict) -> None:
         if not self._quiet:

@@ -6,7 +6,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from helpers.axes import INK, LINES, memory_axis, memory_unit, name_at_end
+from helpers.axes import (
+    INK,
+    LINES,
+    RECORDED,
+    memory_axis,
+    memory_unit,
+    name_at_end,
+    name_recorded,
+)
+from helpers.checkpointing import Plan
+from helpers.recorded import Recorded
 from helpers.report import StepReport
 from helpers.units import format_ms
 
@@ -19,17 +29,28 @@ def plot_lines(
     xlabel: str,
     measured: bool = False,
     colors: Sequence[str] = LINES,
+    recorded: Mapping[str, Recorded] | None = None,
+    plans: Sequence[Plan] = (),
 ) -> None:
     """Draw bytes against anything, a line for each series, named at its end.
 
     Args:
         colors: one for each series; give them where a hue has its meaning.
+        recorded: what another machine measured, by the series' names; a ring whose
+            plan it has gets a grey dot.
+        plans: the plan at each ``x``, where ``recorded`` is given.
     """
     size = memory_axis(ax, max(max(values) for values in series.values()))
     for (name, values), color in zip(series.items(), colors, strict=False):
         y = np.asarray(values) / size
         ax.plot(x, y, "o-", ms=4.5, color=color, mfc=color if measured else "white")
         name_at_end(ax, x[-1], y[-1], name, color)
+    for found in (recorded or {}).values():
+        for at, plan in zip(x, plans, strict=True):
+            if pair := found.pair(plan):
+                ax.plot(at, pair[0].peak_bytes / size, "o", ms=3.5, color=RECORDED)
+    labels = dict.fromkeys(found.label for found in (recorded or {}).values())
+    name_recorded(ax, "; ".join(filter(None, labels)))
     ax.set_xlabel(xlabel)
 
 

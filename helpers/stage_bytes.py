@@ -12,7 +12,7 @@ from torch import nn
 from helpers.chain import Chain, Stage
 from helpers.checkpointing import Plan
 from helpers.marks import BEFORE, MarkedStep
-from helpers.tracker import tensors_in
+from helpers.tracker import Allocation, tensors_in
 from helpers.units import round_to_block
 
 
@@ -32,13 +32,15 @@ class Reader:
         self.first = {
             name: segment[0] for segment in joined_plan.segments for name in segment
         }
-        log, levels = plain.tracker.log, plain.levels
+        # What lies beside the chain is counted apart, unless a checkpoint saves it.
+        saved = self._saved_by_checkpoints()
+        self.lasting = plain.levels_without(plain.brief - saved)
+        self.least = plain.levels_without(plain.brief)
+        self.alone_lasting = alone.levels_without(alone.brief)
+        self.joined_lasting = joined.levels_without(joined.brief)
         self.start = plain.starts[BEFORE].place
         has_before = plain.ends[BEFORE].place > self.start
         self.names = [*([BEFORE] * has_before), *plain.names]
-        self.end = plain.ends[self.names[-1]].place
-        while self.end < len(log) and log[self.end][0] == "free":
-            self.end += 1  # the last stage's input, which its caller lets go of
         self.gradients = _gradient_bytes(model, plain.names)
         inputs = [tensor for tensor in tensors_in(batch) if tensor.requires_grad]
         own = {
@@ -46,19 +48,22 @@ class Reader:
         }
         late = [p for p in plain.late if has_before and p not in own]
         self.gradients[self.names[0]] += _bytes([*inputs, *late])
-        done = levels[plain.backward_end.place] - levels[self.start]
+        done = plain.levels[plain.backward_end.place] - plain.levels[self.start]
         self.backward_bytes = done - sum(self.gradients[name] for name in self.names)
 
     def chain(self) -> Chain:
         """Put the chain together."""
-        levels, log = self.plain.levels, self.plain.tracker.log
+        levels, log, end = self.plain.levels, self.plain.tracker.log, self.plain.end
         loss_end = self.plain.backward_marks(self.names[-1])[0].place
         phases = [phase for _, _, phase in log]
         after = phases.index("optimizer") if "optimizer" in phases else len(log)
+        more = self._own_beside(self.alone) - self._own_beside(self.plain)
+        beside = self.beside(self.alone.end) - more
         return Chain(
             tuple(map(self.stage, range(len(self.names)))),
             static_bytes=levels[self.start],
-            loss_forward_bytes=self.plain.peak(self.end, loss_end) - levels[self.end],
+            loss_forward_bytes=self.plain.peak(end, loss_end) - levels[end] + beside,
+            loss_beside_bytes=more,
             backward_bytes=self.backward_bytes,
             other_peak_bytes=max(levels[: self.start + 1] + levels[after:]),
         )
@@ -66,19 +71,19 @@ class Reader:
     def stage(self, place: int) -> Stage:
         """Read one stage's numbers."""
         plain, name = self.plain, self.names[place]
-        start = plain.starts[name].place
         following = self.names[place + 1 :]
-        end = self.place_after(name)
+        start, end = plain.starts[name].place, self.place_after(name)
+        beside = self.beside(self.alone.starts[name].place)
         held_gradients = self.backward_bytes + sum(map(self.gradients.get, following))
         begins, ends = plain.backward_marks(name)
         backward = plain.peak(begins.place, ends.place)
         outputs = plain.outputs[name]
         return Stage(
             name,
-            output_bytes=sum(a.bytes for a in outputs if a.phase != "before"),
-            kept_bytes=plain.levels[end] - plain.levels[start] + self.freed(name),
-            forward_peak_bytes=plain.peak_after_start(name),
-            backward_peak_bytes=backward - plain.levels[start] - held_gradients,
+            output_bytes=self.alone.output_bytes(name),
+            kept_bytes=self.lasting[end] - self.lasting[start] + self.freed(name),
+            forward_peak_bytes=plain.peak_after_start(name) + beside,
+            backward_peak_bytes=backward - self.least[start] - held_gradients,
             gradient_bytes=self.gradients[name],
             recompute_cost=plain.ends[name].forward_flops
             - plain.starts[name].forward_flops,
@@ -96,7 +101,30 @@ class Reader:
     def place_after(self, name: str) -> int:
         """Find where the next stage starts, or the loss."""
         following = self.names[self.names.index(name) + 1 :]
-        return self.plain.starts[following[0]].place if following else self.end
+        return self.plain.starts[following[0]].place if following else self.plain.end
+
+    def beside(self, place: int) -> int:
+        """Count what lies beside the chain, where all earlier layers are checkpointed.
+
+        Where they are not, some of it may be saved, and is counted twice in forward.
+        """
+        return self.alone.levels[place] - self.alone_lasting[place]
+
+    def _own_beside(self, run: MarkedStep) -> int:
+        """Count what the last stage leaves beside the chain."""
+        return sum(
+            it.bytes for it in run.brief.intersection(run.outputs[self.names[-1]])
+        )
+
+    def _saved_by_checkpoints(self) -> set[Allocation]:
+        """Find what plain layers let go of, and a checkpoint saves as its argument."""
+        plain, alone = self.plain, self.alone
+        return {
+            it
+            for name, outputs in plain.outputs.items()
+            for it, again in zip(outputs, alone.outputs[name], strict=False)
+            if it in plain.brief and again not in alone.brief
+        }
 
     def freed(self, name: str) -> int:
         """Count its input's bytes where they are freed as soon as it has run."""
@@ -112,7 +140,8 @@ class Reader:
         if self.starts(name):
             begins, ends = alone.backward_marks(name)
             given = alone.inputs.get(name)
-            level = alone.levels[alone.starts[name].place] + held_gradients
+            start = alone.starts[name].place
+            level = self.alone_lasting[start] + held_gradients
             gradient = max(alone.levels[begins.place] - level, 0)
             # Where the stage before keeps its output, this one's input stays.
             stays = None if self.plain.frees_input_in_backward(name) else given
@@ -124,15 +153,15 @@ class Reader:
                 "last_forward_peak_bytes": max(again) - level - gradient
                 if again
                 else 0,
-                "first_forward_peak_bytes": alone.peak_after_start(name),
+                "first_forward_peak_bytes": alone.peak_after_start(name)
+                + self.beside(start),
                 "output_gradient_bytes": gradient,
             }
         first = self.first.get(name, name)
         if first != name:
-            plain_level = self.plain.levels
             start, here = (self.plain.starts[stage].place for stage in (first, name))
-            level = joined.levels[joined.starts[first].place] + held_gradients
-            level += plain_level[here] - plain_level[start] + self.freed(first)
+            level = self.joined_lasting[joined.starts[first].place] + held_gradients
+            level += self.lasting[here] - self.lasting[start] + self.freed(first)
             backward = joined.levels_in(name, "backward") or [level]
             found["later_backward_peak_bytes"] = max(backward) - level
         return found

@@ -1,13 +1,16 @@
 """One training step, as every number in this workbook means it."""
 
 import contextlib
+import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
+from helpers.contexts import ContextFault, policy_failed
 from helpers.devices import is_out_of_memory
+from helpers.module_lists import NoSegment, refuse_handed_on
 from helpers.tracker import tensors_in
 
 Loss = Callable[..., torch.Tensor]
@@ -35,7 +38,7 @@ def training_step(
         autocast: the lower precision of forward and loss, if they run in one.
 
     Returns:
-        A function; its argument ``before_backward``, if given, is called in between.
+        A function without arguments.
 
     Raises:
         ValueError: if the batch is no such pair; from the step, a Misfit.
@@ -53,7 +56,7 @@ def training_step(
     if loss is None:
         loss = _cross_entropy if targets else _total
 
-    def step(before_backward: Callable[[], None] | None = None) -> None:
+    def step() -> None:
         model.zero_grad(set_to_none=True)
         for tensor in tensors_in([x, *targets]):
             if tensor.is_leaf:
@@ -61,6 +64,7 @@ def training_step(
         try:
             with _precision([x, *targets], autocast):
                 output = model(**x) if isinstance(x, dict) else model(x)
+                refuse_handed_on(output)
                 value = loss(output, *targets)
         except (RuntimeError, TypeError, ValueError) as error:
             if is_out_of_memory(error) or isinstance(error, NotImplementedError):
@@ -71,8 +75,6 @@ def training_step(
                 "the loss does not depend on anything that requires a gradient, so "
                 "there is no backward pass to look at"
             )
-        if before_backward:
-            before_backward()
         torch.autograd.backward(value)
         if optimizer:
             optimizer.step()
@@ -127,14 +129,47 @@ def time_step_ms(step: Callable[[], object], device: str) -> float:
 
 def _misfit(error: Exception, model: nn.Module, x: object, targets: tuple) -> str:
     """Say which layer refused the batch, and why."""
+    if isinstance(error, ContextFault | NoSegment):
+        return str(error)
     where = failing_layer(error, model) or "the loss"
     shapes = " and target ".join(_shapes(part) for part in (x, *targets))
     reason = str(error).strip().splitlines()[0].rstrip(".")
+    if policy_failed(error):
+        kind = type(error).__name__
+        return (
+            f"the policy of context_fn fails at {where}, {kind}: {reason}; it is "
+            "called as policy(ctx, op, *args, **kwargs)"
+        )
+    stuck = next(_calling_another(model), None) if "device" in reason else None
+    if stuck is not None:
+        return (
+            f"the forward of {repr(stuck) if stuck else 'the model'} is a function "
+            "that refers to the model, so that its copy, which is run here, calls the "
+            "original; store types.MethodType(function, module) there, or give a "
+            "function that makes the model"
+        )
     if "meta tensor" in reason:
         return (
             f"{where} looks at values, and a prediction has none ({reason}); measure it"
         )
     return f"a batch of shape {shapes} does not fit this model at {where}: {reason}"
+
+
+def _calling_another(model: nn.Module) -> Iterator[str]:
+    """Name modules on which a function is stored that refers to another model.
+
+    Copies of a model share such functions, and what these refer to is not copied.
+    """
+    own = {*map(id, model.modules())}
+    for name, module in model.named_modules():
+        forward = vars(module).get("forward")
+        for function in (forward, *getattr(forward, "args", ())):  # in a checkpoint
+            if inspect.isfunction(function):
+                scope = inspect.getclosurevars(function)
+                values = [*scope.nonlocals.values(), *scope.globals.values()]
+                owners = [getattr(value, "__self__", value) for value in values]
+                if any(isinstance(o, nn.Module) and id(o) not in own for o in owners):
+                    yield name
 
 
 def failing_layer(error: Exception, model: nn.Module) -> str:

@@ -55,7 +55,8 @@ def peak_bytes(chain: Chain, pieces: Pieces) -> int:
             output = stage.output_bytes
         held += output
     freed = stages[-1].output_bytes if pieces[-1][2] else 0
-    loss = max(chain.loss_forward_bytes, chain.loss_backward_bytes - freed)
+    beside = chain.loss_beside_bytes if pieces[-1][2] else 0
+    loss = max(chain.loss_forward_bytes + beside, chain.loss_backward_bytes - freed)
     return chain.static_bytes + max(*peaks, held + loss)
 
 
@@ -113,6 +114,7 @@ def tiny_chain(n: int, seed: int) -> Chain:
         per_segment_bytes=pick(0, 1),
         backward_bytes=pick(0, 2),
         other_peak_bytes=pick(0, 40),
+        loss_beside_bytes=pick(0, 4),
     )
 
 

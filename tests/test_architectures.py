@@ -1,6 +1,7 @@
 """The models to try: their predictions are what a CPU measures, for every plan."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from helpers.architectures import GPT, Encoder, ResNet, UNet, transformers_model
 from helpers.checkpointing import Plan, checkpointed
 from helpers.kernels import kernels_of
 from helpers.measure import measure, predict
+from helpers.models import MLP
 from helpers.step import training_step
 from tests.oracles import memtracker_peak_bytes
 
@@ -156,7 +158,7 @@ def test_seven_billion_parameters_are_made_without_data():
 
 def test_neighbours_that_do_not_feed_each_other_are_refused():
     model, x = UNet(), torch.randn(2, 3, 32, 32)
-    with pytest.raises(ValueError, match="'down.1' is not fed what 'down.0' returns"):
+    with pytest.raises(ValueError, match="'down.0' returns for more than the next"):
         predict(model, x, Plan((("down.0", "down.1"),)))
     assert "forward" not in vars(model.down[0])
 
@@ -195,6 +197,61 @@ def test_other_arguments_for_a_neighbour_are_refused():
     model.same = False
     with pytest.raises(ValueError, match="'layers.1' is not fed what 'layers.0'"):
         predict(model, torch.ones(3, 4), plan)
+
+
+class Tapped(nn.Module):
+    """A list of layers whose outputs are kept beside the chain."""
+
+    def __init__(self, use) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(MLP([8, 8], "gelu") for _ in range(3))
+        self.use = use
+
+    def forward(self, x):
+        found = []
+        for layer in self.layers:
+            x = layer(x)
+            found.append(x)
+        return self.use(x, found)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, found: x + found[1],
+        lambda x, found: found[1] + x,
+        lambda x, found: torch.cat(found, 1),
+        lambda x, found: torch.add(x, other=found[1]),
+        lambda x, found: x.view(found[1].shape),
+        lambda x, found: found[1][0].sum() + x.sum(),
+        lambda x, found: (x, found[1]),
+        lambda x, found: {"out": x, "hidden": found[1:]},
+    ],
+)
+def test_what_is_inside_a_segment_cannot_be_used_outside(use):
+    """Or the segment's output would come instead, and gradients would be others."""
+    model, x = Tapped(use), torch.ones(3, 8)
+    plan = Plan((("layers.0", "layers.1", "layers.2"),))
+    for run in (predict, partial(measure, repeats=0)):
+        with pytest.raises(
+            ValueError, match="^the model uses what 'layers..' returns for more than"
+        ):
+            run(model, x, plan)
+    alone = Plan.alone(["layers.0", "layers.1", "layers.2"])
+    assert predict(model, x, alone, device="cpu").peak_bytes > 0
+
+
+def test_what_is_kept_and_not_used_does_no_harm():
+    model, x = Tapped(lambda x, found: x), torch.randn(3, 8)
+    plan = Plan((("layers.0", "layers.1"),))
+    model(x).sum().backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    with checkpointed(model, plan):
+        model(x).sum().backward()
+    assert all(map(torch.equal, [p.grad for p in model.parameters()], expected))
+    report = measure(model, x, plan, repeats=0)
+    assert report.peak_bytes == predict(model, x, plan, device="cpu").peak_bytes
 
 
 # The kernels of attention ------------------------------------------------------------

@@ -72,7 +72,7 @@ def labels(panel: Panel) -> list[str]:
 
 def unfold(panel: Panel, name: str) -> Locator:
     """Click the triangle of a row, which unfolds it or folds it again."""
-    triangle = panel.root.get_by_title(f"what is in {name}", exact=True)
+    triangle = panel.button(f"what is in {name}")
     triangle.click()
     return triangle
 
@@ -105,8 +105,11 @@ def test_neighbours_in_a_list_join(small):
     small.box("blocks.0").click()
     small.box("blocks.1").click()
     small.wait_for(says(Plan.alone(["blocks.0", "blocks.1"]), 3))
-    small.root.get_by_title("one segment with blocks.0").click()
+    # By their accessible names, which icons are no part of.
+    small.button("join blocks.1 to blocks.0").click()
     small.wait_for(says(Plan((("blocks.0", "blocks.1"),)), 3))
+    small.button("part blocks.1 from blocks.0").click()
+    small.wait_for(says(Plan.alone(["blocks.0", "blocks.1"]), 3))
 
 
 def test_the_tree_answers_the_keyboard(small):

@@ -77,6 +77,15 @@ def test_a_join_counts_only_when_both_layers_are_ticked():
     assert not lab.joins["layer3"].disabled
 
 
+@pytest.mark.parametrize("tree", [False, True])
+def test_a_join_says_what_a_click_on_it_does(tree):
+    lab = small_lab(tree=tree)
+    assert lab.joins["layer3"].tooltip == "join layer3 to layer2"
+    lab.plan = Plan((("layer2", "layer3"),))
+    assert lab.joins["layer3"].tooltip == "part layer3 from layer2"
+    assert lab.joins["layer2"].tooltip == "join layer2 to layer1"
+
+
 def test_every_flip_says_what_predict_says():
     lab, chance = small_lab(), random.Random(0)
     for _ in range(20):

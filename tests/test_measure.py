@@ -823,13 +823,6 @@ def test_a_loss_is_called_with_the_output_and_the_target():
     assert seen[1][1] is target and torch.equal(seen[1][0], model(x))
 
 
-def test_before_backward_is_called_there():
-    model, x = MLP([16, 4]), torch.randn(8, 16)
-    step, seen = training_step(model, x), []
-    step(lambda: seen.append(model.layer1.weight.grad))
-    assert seen == [None] and model.layer1.weight.grad is not None
-
-
 # The report
 
 

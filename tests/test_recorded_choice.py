@@ -40,11 +40,21 @@ def choice(folder, heard):
 def test_it_is_there_where_there_are_recordings(choice, heard):
     assert choice.layout.display == "none" and choice.pairs == {}
     choice.find(uniform_mlp, SETTINGS, 64)
-    assert choice.layout.display == "" and choice.options == (FIRST, SECOND)
+    assert choice.layout.display == ""
+    assert choice.options == ((FIRST, FIRST), (SECOND, SECOND))
     assert choice.value == FIRST and ALONE in choice.pairs
     choice.find(uniform_mlp, SETTINGS, 65)
     assert choice.layout.display == "none" and choice.pairs == {}
     assert choice.note(ALONE) == "" and not heard
+
+
+def test_the_short_line_starts_with_what_tells_gpus_apart(folder):
+    real = dataclasses.replace(read(FIXTURE), gpu="NVIDIA L4", made_up=False)
+    write(dataclasses.replace(real, date="2000-01-02"), folder / "newer.json")
+    choice = RecordedChoice(lambda: None, folder)
+    choice.find(uniform_mlp, SETTINGS, 64)
+    assert choice.label == "L4, torch none, 2000-01-02"
+    assert choice.value == f"NVIDIA {choice.label}"
 
 
 def test_what_was_chosen_stays_chosen(choice, heard):

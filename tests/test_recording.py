@@ -28,11 +28,12 @@ from helpers.measure import predict
 from helpers.models import DocsMLP, uniform_mlp
 from helpers.picture import LabPicture
 from helpers.plots import plot_times, plot_tradeoff
-from helpers.recorded import recorded, recordings
+from helpers.recorded import Recorded, recorded, recordings
 from helpers.recorder import measure_group, record, run_search
-from helpers.recording import FOLDER, file_name, read, write
+from helpers.recording import FOLDER, RecordedCase, file_name, read, write
 from helpers.recording_schema import CASE, RECORDING, REPORT, SEARCH, RecordingError
-from helpers.recording_set import Group, Search, groups, searches
+from helpers.recording_set import Group, Search, Step, groups, searches
+from helpers.scratch import H100, Gpu, on_gpu
 from tests.made_up import FIXTURE, GPU, GROUPS, PLANS, SEARCHES, blank, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -194,7 +195,7 @@ def spoiled(**changes):
         (spoiled(outcome="out of memory"), "case 1: 'outcome' and 'measured' do not"),
         (spoiled(measured=None), "case 1: 'outcome' and 'measured' do not"),
         (spoiled(settings={"depth": 3}), "case 1: 'settings' do not fit: .*'depth'"),
-        (spoiled(model="Net"), "'model' should be one of 'DocsMLP', 'uniform_mlp', an"),
+        (spoiled(model="Net"), "'model' should be one of 'DocsMLP', .*, and is 'Net'"),
         (
             lambda v: v["cases"][0]["measured"].update(plan=[["layer1"]]),
             "'plan' is not the same in both",
@@ -578,9 +579,12 @@ def reports():
 def test_recorded_times_are_grey_and_beside_the_measured_ones(reports):
     ax = Figure().add_subplot()
     none, plan = reports
-    grey = {"none": timed(none, 10), "plan": timed(plan, 13)}
+    base, slower = timed(none, 10), timed(plan, 13)
+    pairs = {none.plan: (base, base), plan.plan: (slower, base)}
+    grey = Recorded("GPU, torch 2, today", pairs)
+    note = "grey: GPU\ntorch 2, today, medians of 0 runs"
     plot_times(ax, {"none": none, "plan": plan}, grey)
-    assert [text.get_text() for text in ax.texts] == ["10 ms", "13 ms\n+30 %"]
+    assert [text.get_text() for text in ax.texts] == ["10 ms", "13 ms\n+30 %", note]
     assert {line.get_color() for line in ax.lines} == {RECORDED}
     ax.clear()
     both = {"none": timed(none, 11), "plan": timed(plan, 110)}
@@ -592,21 +596,27 @@ def test_recorded_times_are_grey_and_beside_the_measured_ones(reports):
     ]  # fmt: skip
     assert [round(x) for _, x, _ in found] == [0, 0, 1, 1]
     assert found[0][1] < 0 < found[1][1], "side by side"
-    above = {text.get_text(): text.get_va() == "bottom" for text in ax.texts}
+    above = {text.get_text(): text.get_va() == "bottom" for text in ax.texts[:-1]}
     assert above == {
-        "11 ms": True, "10 ms": False, "110 ms\n+900 %": True, "13 ms\n+30 %": True,
+        "11 ms": True, "10 ms": True, "110 ms\n+900 %": True, "13 ms\n+30 %": True,
     }  # fmt: skip
+    rises = {text.get_text(): text.xyann[1] for text in ax.texts}
+    assert rises["11 ms"] > rises["10 ms"] + 10, "no room below: one above the other"
+    ax.clear()
+    plot_times(ax, {"none": timed(none, 12)}, grey)
+    assert [text.get_va() for text in ax.texts[:2]] == ["bottom", "top"]
 
 
 def test_recorded_plans_are_grey_dots_in_the_tradeoff(reports):
     ax, base = Figure().add_subplot(), timed(reports[0], 10)
-    plot_tradeoff(ax, reports, recorded=[(timed(reports[1], 15), base)])
+    found = {PLANS[1]: (timed(reports[1], 15), base), PLANS[2]: (base, base)}
+    plot_tradeoff(ax, reports, recorded=Recorded(pairs=found))
     grey, rings = ax.lines
     assert grey.get_markerfacecolor() == RECORDED
     assert grey.get_xdata().tolist() == [pytest.approx(50)]
     assert grey.get_ydata()[0] == rings.get_ydata()[1]
     assert rings.get_markerfacecolor() == "none"
-    assert ax.get_xlabel().endswith("grey: recorded")
+    assert ax.get_xlabel().endswith("grey: recorded") and not ax.texts
     ax.clear()
     plot_tradeoff(ax, reports)
     assert len(ax.lines) == 1 and "recorded" not in ax.get_xlabel()
@@ -632,7 +642,8 @@ def test_the_labs_picture_shows_the_plans_that_were_tried_and_recorded(reports):
 def test_a_worse_predictor_shows(made_up):
     case = made_up.cases[3]
     peak = case.measured.peak_bytes
-    measured = dataclasses.replace(case.measured, peak_bytes=peak + 1024)
+    more = {"allocator_peak_bytes": peak + 1024, "padding_bytes": 300}
+    measured = dataclasses.replace(case.measured, **more)
     other = dataclasses.replace(case, measured=measured)
     (one,) = compare(dataclasses.replace(made_up, cases=(other,)))
     assert one.error_bytes == -1024 and one.must_be_exact
@@ -640,9 +651,25 @@ def test_a_worse_predictor_shows(made_up):
     *_, wrong, total = lines([one])
     assert wrong == (
         f"  {case.plan}: predicted {peak:,} B, measured {peak + 1024:,} B, error "
-        f"-1,024 B ({-102400 / (peak + 1024):+.3f} %)"
+        f"-1,024 B ({-102400 / (peak + 1024):+.3f} %); tensors +0 B, kernels' scratch "
+        "-1,024 B; blocks were 300 B larger than what was asked for"
     )
     assert total.startswith("0 of 1 cases as predicted to the byte")
+
+
+def test_a_gpu_is_held_against_predictions_for_its_own_kind(made_up):
+    """Kernels' scratch depends on it."""
+    step = Step("DocsMLP", {}, 8192)
+    with on_gpu(H100), torch.device("meta"):
+        report = predict(DocsMLP, step.make_batch())
+    case = RecordedCase(step, report, report, base_ms=None)
+    errors = []
+    for kind in (H100, Gpu(40, 1024)):
+        there = dataclasses.replace(made_up, cases=(case,), **kind._asdict())
+        (one,) = compare(there)
+        assert one.tensors_error_bytes == 0
+        errors.append(one.error_bytes)
+    assert errors == [0, -report.scratch_bytes] and report.scratch_bytes > 0
 
 
 def test_only_optimizers_and_lower_precision_may_differ(made_up):
@@ -669,7 +696,7 @@ def test_the_picture_has_a_grey_dot_for_each_case(made_up):
 def test_the_picture_names_the_largest_error(made_up):
     one, other = compare(made_up)[:2]
     peak = other.predicted.peak_bytes
-    worse = dataclasses.replace(other.predicted, peak_bytes=peak + 5120)
+    worse = dataclasses.replace(other.predicted, allocator_peak_bytes=peak + 5120)
     ax = Figure().add_subplot()
     plot_comparison(ax, [one, dataclasses.replace(other, predicted=worse)])
     line, exact, wrong = ax.lines

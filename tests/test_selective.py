@@ -1,6 +1,7 @@
 """Selective checkpointing: predicted bytes are measured ones, and what notebook 09
 says of policies holds."""
 
+import contextlib
 import functools
 
 import pytest
@@ -96,3 +97,48 @@ def test_saving_everything_needs_more_than_no_checkpointing():
     everything = under(save_all)
     assert everything.peak_bytes > none.peak_bytes
     assert everything.after_forward_bytes > none.after_forward_bytes
+
+
+def wrong_arguments(ctx, op):
+    return CheckpointPolicy.MUST_SAVE
+
+
+def not_a_pair():
+    return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize(
+    ("context_fn", "message"),
+    [
+        ("everything", "context_fn='everything' is no function"),
+        (save_all, "context_fn fails, TypeError: save_all.* missing 2 required"),
+        (lambda: None, "context_fn returned None; .* returns two context managers"),
+        (lambda: (1, 2), r"context_fn returned \(1, 2\)"),
+        (not_a_pair, "context_fn returned <contextlib.nullcontext"),
+        (
+            functools.partial(create_selective_checkpoint_contexts, [ADDMM]),
+            "context_fn fails, ValueError: Expected op in `op_list`",
+        ),
+        (
+            functools.partial(create_selective_checkpoint_contexts, wrong_arguments),
+            "the policy of context_fn fails at layer '0.norm', TypeError: wrong_arg",
+        ),
+    ],
+)
+@pytest.mark.parametrize("run", [predict, measure])
+def test_a_wrong_context_fn_is_named(run, context_fn, message):
+    model, x = blocks(), torch.randn(ROWS, WIDTH)
+    with pytest.raises(ValueError, match=message):
+        run(model, x, ALONE, device="cpu", context_fn=context_fn)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_context_fn_with_reentrant_checkpoints():
+    with pytest.raises(ValueError, match="no place with use_reentrant=True"):
+        under(save_all, use_reentrant=True)
+
+
+def test_a_batch_that_does_not_fit_is_no_fault_of_the_policy():
+    make = functools.partial(create_selective_checkpoint_contexts, save_all)
+    with pytest.raises(ValueError, match="does not fit this model at layer '0.norm'"):
+        predict(blocks(), torch.randn(4, 3), ALONE, context_fn=make)
