@@ -1,9 +1,9 @@
 """What one training step needs: measured on a device, or predicted without one.
 
-``measure`` runs the step: its peak comes from the CUDA allocator, or on a CPU from
-every storage that the step really allocates; its time comes from other runs, in which
-nothing is watched. ``predict`` runs the same step on meta tensors, which have shapes
-and lifetimes but no data, and gives the same bytes.
+``measure`` runs the step and counts every storage that it really allocates. On CUDA
+another step, which nobody watches, tells what the allocator itself counts, kernels'
+scratch included; time comes from others again. ``predict`` runs the same step on meta
+tensors, which have shapes and lifetimes but no data, and gives the same bytes.
 """
 
 import contextlib
