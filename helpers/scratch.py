@@ -3,10 +3,12 @@
 It comes out of the same allocator as tensors and is given back when the operator is
 done, so it is in ``max_memory_allocated``, and no tensor. The largest is a sum's: many
 blocks of threads add up a part each, and leave it in a buffer which can be larger than
-the tensor that is summed. Every bias's gradient is such a sum.
+the tensor that is summed. Every bias's gradient is such a sum. A product copies a
+matrix that cuBLAS cannot read as it lies, such as the gradient of ``output.sum()``.
 
-Source: ``setReduceConfig`` in ATen/native/cuda/Reduce.cuh, which lies among the headers
-that PyTorch installs. Other kernels' scratch (cuDNN's, attention's) is not known here.
+Source: ``setReduceConfig`` in Reduce.cuh and ``prepare_matrix_for_cublas`` in
+cuBlasCommonArgs.h, in ATen/native/cuda among the headers that PyTorch installs. Other
+kernels' scratch (cuDNN's, attention's) is not known here.
 """
 
 import contextlib
@@ -31,6 +33,7 @@ H100 = Gpu(132, 2048)  # also an H200
 _chosen: contextvars.ContextVar[Gpu | None] = contextvars.ContextVar("gpu")
 _aten = torch.ops.aten
 _SUMS = {_aten.sum.default, _aten.sum.dim_IntList, _aten.mean.default, _aten.mean.dim}
+_PRODUCTS = {_aten.mm.default, _aten.addmm.default}
 
 
 def this_gpu() -> Gpu:
@@ -59,6 +62,9 @@ def scratch_bytes(func: torch._ops.OpOverload, args: tuple, gpu: Gpu) -> int:
     Args:
         args: what the operator is called with, on any device.
     """
+    if func in _PRODUCTS:
+        unread = (matrix for matrix in args[-2:] if not _can_be_read(matrix))
+        return sum(round_to_block(x.numel() * x.element_size()) for x in unread)
     if func not in _SUMS or not args[0].numel() or not args[0].is_floating_point():
         return 0
     x, dims = args[0], args[1] if len(args) > 1 else None
@@ -67,6 +73,15 @@ def scratch_bytes(func: torch._ops.OpOverload, args: tuple, gpu: Gpu) -> int:
     address = x.storage_offset() * item_bytes
     axes = _coalesced(_axes(x.shape, x.stride(), dims))
     return _of_sum(axes, item_bytes, address, gpu)
+
+
+def _can_be_read(matrix: torch.Tensor) -> bool:
+    """Say whether cuBLAS can read a matrix as it lies, by rows or by columns."""
+    (rows, columns), (down, along) = matrix.shape, matrix.stride()
+    if 1 in (rows, columns) and (along if rows == 1 else down) == 1:
+        return True  # a vector
+    by_rows = along == 1 and down >= max(1, columns)
+    return by_rows or (down == 1 and along >= max(1, rows))
 
 
 # The order of axes ------------------------------------------------------------------

@@ -92,6 +92,10 @@ def test_other_operators_and_empty_or_whole_numbers_take_nothing():
 # In a step
 
 
+def without_biases() -> nn.Module:
+    return nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(3)))
+
+
 def test_a_biass_gradient_is_on_top_of_the_tensors():
     """By hand, in layer2's backward, where the buffer is twice an activation."""
     with on_gpu(H100):
@@ -110,12 +114,51 @@ def test_a_biass_gradient_is_on_top_of_the_tensors():
 
 
 def test_without_biases_there_is_none():
-    model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(3)))
     with on_gpu(H100):
-        report = predict(model, rows_of(8192))
+        report = predict(without_biases(), rows_of(8192), loss=lambda y: (y * y).sum())
     assert report.scratch_bytes == 0
     assert report.allocator_peak_bytes == report.peak_bytes
     assert "scratch" not in repr(dataclasses.replace(report, source="measured"))
+
+
+def test_the_gradient_of_a_sum_is_one_number_and_products_copy_it():
+    report = predict(without_biases(), rows_of(8192))
+    weight, activation = 1024 * 1024 * 4, 8192 * 1024 * 4
+    weights_and_a_gradient, loss_and_its_gradient = 4 * weight, 2 * 512
+    x_outputs_a_gradient_and_the_copy = (1 + 3 + 1 + 1) * activation
+    assert report.allocator_peak_bytes == (
+        weights_and_a_gradient
+        + loss_and_its_gradient
+        + x_outputs_a_gradient_and_the_copy
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "copies"),
+    [
+        ((8, 128), (128, 1), 0),  # by rows
+        ((8, 128), (1, 8), 0),  # by columns
+        ((8, 128), (130, 1), 0),  # rows of a wider matrix
+        ((8, 128), (256, 2), 1),
+        ((8, 128), (0, 0), 1),
+        ((8, 128), (0, 1), 1),
+        ((8, 128), (1, 0), 1),
+        ((1, 128), (7, 1), 0),
+        ((1, 128), (7, 2), 1),
+        ((8, 1), (2, 1), 0),
+        ((8, 1), (1, 99), 0),
+    ],
+)
+def test_a_matrix_that_cublas_cannot_read_is_copied(size, stride, copies):
+    x = torch.empty_strided(size, stride, device="meta")
+    y = torch.empty(size[1], 4, device="meta")
+    for func, args in (
+        (torch.ops.aten.mm.default, (x, y)),
+        (torch.ops.aten.addmm.default, (torch.empty(4, device="meta"), x, y)),
+        (torch.ops.aten.mm.default, (y.t(), x.t())),
+    ):
+        expected = copies * -(-x.numel() * 4 // 512) * 512
+        assert scratch_bytes(func, args, H100) == expected
 
 
 def test_it_depends_on_the_gpu_and_the_plan():
