@@ -6,13 +6,19 @@ again. Only the segment's input stays in memory in between.
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
 
 from helpers import contexts, module_lists
+
+# Whether checkpoint itself does so after a forward that failed.
+CLEANS_UP = TorchVersion(torch.__version__) >= (2, 13)
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ def checkpointed(
     """
     _check(model, plan)
     call = functools.partial(
-        checkpoint,
+        checkpoint if CLEANS_UP else _checkpoint_and_clean_up,
         use_reentrant=use_reentrant,
         preserve_rng_state=preserve_rng_state,
         early_stop=early_stop,
@@ -145,6 +151,24 @@ def checkpointed(
         for name, forward in forwards.items():
             undo.enter_context(_replaced_forward(model.get_submodule(name), forward))
         yield model
+
+
+def _checkpoint_and_clean_up(function: Callable, *args, **options) -> object:
+    """Call ``checkpoint``, and end what it leaves behind if the function fails.
+
+    PyTorch 2.11 has its hooks on saved tensors stay for as long as the error is kept,
+    and every later operator would be recomputed by them.
+    """
+    try:
+        return checkpoint(function, *args, **options)
+    except BaseException as error:
+        trace = error.__traceback__
+        while trace:
+            frame, trace = trace.tb_frame, trace.tb_next
+            if frame.f_code is inspect.unwrap(checkpoint).__code__:
+                if generator := frame.f_locals.get("gen"):
+                    generator.close()
+        raise
 
 
 def layer_names(model: nn.Module) -> list[str]:

@@ -43,11 +43,15 @@ def checked(context_fn: Callable, use_reentrant: bool) -> Callable:
 
 
 def policy_failed(error: Exception) -> bool:
-    """Say whether a selective policy raised it, asked about an operator that ran."""
+    """Say whether a selective policy raised it, or the call of one.
+
+    PyTorch's mode calls two things: the policy, and the operator by torch/_ops.py.
+    """
     trace = error.__traceback__
     while trace:
         frame, trace = trace.tb_frame, trace.tb_next
         asks = "_CachingTorchDispatchMode.__torch_dispatch__"
-        if frame.f_code.co_qualname == asks and "out" in frame.f_locals:
-            return True
+        if frame.f_code.co_qualname == asks:
+            called = trace.tb_frame.f_code.co_filename if trace else ""
+            return not called.endswith("_ops.py")
     return False

@@ -1,18 +1,24 @@
-"""A JupyterLab and a browser for each module that drives them."""
+"""A JupyterLab and a browser for each module that drives them.
+
+What they need is imported where it is used: a machine with a GPU may have neither.
+"""
 
 import os
 import shutil
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
-from playwright.sync_api import Browser
 
-from tests.browser import ROOT, chromium, find_browser, jupyter_lab, write_notebook
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 
 @pytest.fixture(scope="module")
 def url(request, tmp_path_factory) -> Iterator[str]:
     """Serve copies of the notebooks, and the module's own ``CELLS`` as one."""
+    from tests.browser import ROOT, find_browser, jupyter_lab, write_notebook
+
     if find_browser() is None:
         stop = pytest.fail if os.environ.get("CI") else pytest.skip
         stop("no Chromium or Chrome on this machine")
@@ -25,6 +31,8 @@ def url(request, tmp_path_factory) -> Iterator[str]:
 
 # Not for the session: while Playwright runs, no other test can use asyncio.
 @pytest.fixture(scope="module")
-def browser(url) -> Iterator[Browser]:
+def browser(url) -> Iterator["Browser"]:
+    from tests.browser import chromium
+
     with chromium() as browser:
         yield browser

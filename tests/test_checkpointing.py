@@ -338,6 +338,28 @@ def test_an_exception_in_the_model_undoes_the_plan():
     assert anatomy(model) == before
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_forward_that_failed_leaves_no_hooks_while_its_error_is_kept(use_reentrant):
+    model, plan = MLP([8, 8, 8], "gelu"), Plan.alone(["layer1", "layer2"])
+    wrong, x = torch.ones(2, 7, requires_grad=True), torch.ones(2, 8)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as kept:
+        with checkpointed(model, plan, use_reentrant=use_reentrant):
+            model(wrong)
+    y = model.layer1(x)
+    saved = y.grad_fn._saved_self
+    assert saved.shape == (2, 8), "as without hooks"
+    y.sum().backward()
+    assert kept.value is not None
+
+
+def test_a_plan_can_be_compiled():
+    model, x = MLP([8, 8, 8], "gelu"), torch.randn(4, 8)
+    expected = model(x)
+    with checkpointed(model, Plan.alone(["layer1", "layer2"])):
+        found = torch.compile(model, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_forward_of_ones_own_is_put_back():
     model = MODELS["relu"]()
 

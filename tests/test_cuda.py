@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional as F
 
 from helpers.checkpointing import Plan, checkpointed
-from helpers.controls import LayerLab
 from helpers.limits import memory_limit
 from helpers.measure import measure, measure_plans, predict
 from helpers.models import MLP, DocsMLP, uniform_mlp
@@ -288,8 +287,9 @@ def test_a_step_larger_than_the_card_is_refused_before_it_runs():
 
 
 def test_the_labs_next_flip_works_after_it_ran_out_of_memory():
+    controls = pytest.importorskip("helpers.controls", reason="needs ipywidgets")
     settings = {"depth": 8, "width": 1024, "activation": "gelu"}
-    lab = LayerLab(batch=32, settings=settings)
+    lab = controls.LayerLab(batch=32, settings=settings)
     lab.measure()
     gc.collect()
     torch.cuda.empty_cache()
