@@ -16,6 +16,7 @@ from helpers.dry_run import kernels_of, meta_batch, meta_model
 from helpers.hazards import random_states, restore_random_states
 from helpers.measure import report_of
 from helpers.module_tree import Inspection, Layer
+from helpers.scratch import scratch_on
 from helpers.step import Loss, Misfit, failing_layer, training_step
 from helpers.timeline import Timeline, record_timeline
 
@@ -53,8 +54,9 @@ def inspect_model(
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad(), calls.watching():
             with kernels_of(device):
+                how = {"run": calls.run, "scratch": scratch_on(device)}
                 timeline = record_timeline(
-                    step, model, batch=batch, devices=("meta",), run=calls.run
+                    step, model, batch=batch, devices=("meta",), **how
                 )
     except Exception as error:
         raise ValueError(_failure(error, model, name)) from None

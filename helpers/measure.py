@@ -8,7 +8,6 @@ tensors, which have shapes and lifetimes but no data, and gives the same bytes.
 
 import contextlib
 import dataclasses
-import functools
 import random
 import statistics
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -37,7 +36,7 @@ from helpers.dry_run import (
     meta_model,
 )
 from helpers.report import StepReport
-from helpers.scratch import scratch_bytes, this_gpu
+from helpers.scratch import scratch_on
 from helpers.step import Loss, time_step_ms, training_step
 from helpers.timeline import Timeline, record_timeline
 
@@ -88,9 +87,8 @@ def predict(
         step = training_step(model, batch, loss, made, autocast)
         # What the host keeps, an optimizer's step count say, is no GPU memory.
         devices = ("meta",) if device == "cuda" else ("meta", "cpu")
-        record = {"batch": batch, "optimizer": made, "devices": devices, "run": _shapes}
-        if device == "cuda":
-            record["scratch"] = functools.partial(scratch_bytes, gpu=this_gpu())
+        record = {"batch": batch, "optimizer": made, "devices": devices}
+        record |= {"run": _shapes, "scratch": scratch_on(device)}
         cast = contextlib.nullcontext()
         if autocast:
             cast, record["run"] = autocast_on_meta(device), without_autocast(_shapes)

@@ -13,12 +13,14 @@ kernels' scratch (cuDNN's, attention's) is not known here.
 
 import contextlib
 import contextvars
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
+from helpers.tracker import no_scratch
 from helpers.units import round_to_block
 
 
@@ -54,6 +56,13 @@ def on_gpu(gpu: Gpu) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
+
+
+def scratch_on(device: str) -> Callable[[torch._ops.OpOverload, tuple], int]:
+    """Choose what tells an operator's scratch on "cpu", where none is known, or "cuda"."""
+    if device == "cuda":
+        return functools.partial(scratch_bytes, gpu=this_gpu())
+    return no_scratch
 
 
 def scratch_bytes(func: torch._ops.OpOverload, args: tuple, gpu: Gpu) -> int:
