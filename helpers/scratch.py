@@ -59,7 +59,7 @@ def on_gpu(gpu: Gpu) -> Iterator[None]:
 
 
 def scratch_on(device: str) -> Callable[[torch._ops.OpOverload, tuple], int]:
-    """Choose what tells an operator's scratch on "cpu", where none is known, or "cuda"."""
+    """Choose what tells an operator's scratch; none is known of a CPU's kernels."""
     if device == "cuda":
         return functools.partial(scratch_bytes, gpu=this_gpu())
     return no_scratch
