@@ -8,12 +8,15 @@ import html
 from collections.abc import Callable
 
 import ipywidgets as widgets
+from ipywidgets.widgets.widget_bool import CheckboxStyle, ToggleButtonStyle
+from ipywidgets.widgets.widget_button import ButtonStyle
+from ipywidgets.widgets.widget_string import HTMLStyle
 from torch import nn
 
 from helpers.axes import COLORS
 from helpers.checkpointing import Plan
 from helpers.inspection import Inspection, kept_by_module
-from helpers.rows import Join, LayerRows, wide
+from helpers.rows import JOIN_LOOK, Join, LayerRows, Shared
 from helpers.ticks import Ticks
 from helpers.timeline import Timeline
 from helpers.units import format_bytes
@@ -33,6 +36,7 @@ class ModuleRows(LayerRows):
         super().__init__(changed)
         self.layout.max_height, self.layout.overflow = "430px", "hidden auto"
         self._ticks: Ticks | None = None
+        self._share = Shared()
         self._open: set[str] = set()  # modules, and first modules of a run alike
         self._rows: dict[str, widgets.HBox] = {}
         self._runs: dict[str, list[str]] = {}  # runs of modules alike, by a row's key
@@ -128,12 +132,7 @@ class ModuleRows(LayerRows):
 
     def _module_row(self, name: str, parent: str, level: int) -> widgets.HBox:
         if name not in self._rows:
-            join: widgets.Widget = widgets.Box(layout=wide(30))
-            if name in self._ticks.before:
-                join = Join(name, self._ticks.before[name])
-                join.value = name in self._ticks.joined
-                join.observe(lambda change: self._flip_join(name, change.new), "value")
-                self.joins[name] = join
+            join = self._make_join(name)
             label = name.removeprefix(f"{parent}.") if parent else name
             box = self._make_box(label, name in self._ticks.ticked)
             layer = self._inspection.layers[name]
@@ -156,29 +155,69 @@ class ModuleRows(LayerRows):
             box.tooltip = f"all {len(run)}, each alone"
             box.observe(lambda change: self._flip_run(key, change.new), "value")
             self._groups[key], self._marks[key] = box, self._mark(run)
-            spacer = widgets.Box(layout=wide(30))
-            self._rows[key] = self._make_tree_row(key, spacer, box, True, level)
+            self._rows[key] = self._make_tree_row(key, self._room(30), box, True, level)
         return self._rows[key]
 
     def _make_box(self, label: str, ticked: bool) -> widgets.Checkbox:
-        layout = widgets.Layout(width="auto", flex="1 1 auto", min_width="0")
-        return widgets.Checkbox(ticked, description=label, indent=False, layout=layout)
+        return widgets.Checkbox(
+            ticked,
+            description=label,
+            indent=False,
+            layout=self._look(width="auto", flex="1 1 auto", min_width="0"),
+            style=self._share(CheckboxStyle),
+        )
+
+    def _make_join(self, name: str) -> widgets.Widget:
+        """Make a module's join with the one before it, or the room for one."""
+        if name not in self._ticks.before:
+            return self._room(30)
+        join = Join(
+            name,
+            self._ticks.before[name],
+            layout=self._look(width="30px", **JOIN_LOOK),
+            style=self._share(ToggleButtonStyle),
+        )
+        join.value = name in self._ticks.joined
+        join.observe(lambda change: self._flip_join(name, change.new), "value")
+        self.joins[name] = join
+        return join
+
+    def _make_fold(self, key: str, margin: str) -> widgets.Button:
+        fold = widgets.Button(
+            icon=self._icon(key),
+            tooltip=f"what is in {key}",
+            layout=self._look(**JOIN_LOOK | {"width": "22px", "margin": margin}),
+            style=self._share(ButtonStyle, button_color="transparent"),
+        )
+        fold.on_click(lambda _: self._fold(key))
+        return fold
 
     def _make_tree_row(
         self, key: str, join: widgets.Widget, box, foldable: bool, level: int
     ) -> widgets.HBox:
-        fold: widgets.Widget = widgets.Box(layout=wide(22))
-        if foldable:
-            fold = widgets.Button(icon=self._icon(key), tooltip=f"what is in {key}")
-            fold.layout = wide(22, height="22px", padding="0", margin="3px 0")
-            fold.style.button_color = "transparent"
-            fold.on_click(lambda _: self._fold(key))
-        fold.layout.margin = f"3px 0 3px {INDENT * level}px"
-        fold.layout.flex = join.layout.flex = "0 0 auto"
-        kept = widgets.HTML(layout=widgets.Layout(margin="0 6px", flex="0 0 auto"))
+        margin = f"3px 0 3px {INDENT * level}px"
+        fold = self._make_fold(key, margin) if foldable else self._room(22, margin)
+        kept = widgets.HTML(
+            layout=self._look(margin="0 6px"), style=self._share(HTMLStyle)
+        )
         self._kept[key] = kept
-        layout = widgets.Layout(align_items="center", height="28px", flex="0 0 auto")
-        return widgets.HBox([join, fold, box, kept], layout=layout)
+        return widgets.HBox([join, fold, box, kept], layout=self._row_look(False, "0"))
+
+    def _room(self, pixels: int, margin: str = "0") -> widgets.Box:
+        """Make the room for what a row lacks."""
+        return widgets.Box(layout=self._look(width=f"{pixels}px", margin=margin))
+
+    def _look(self, flex: str = "0 0 auto", **values: str) -> widgets.Layout:
+        return self._share(widgets.Layout, flex=flex, **values)
+
+    def _row_look(self, ticked: bool, margin: str) -> widgets.Layout:
+        color = COLORS["recomputed"] if ticked else "transparent"
+        return self._look(
+            align_items="center",
+            height="28px",
+            border_left=f"4px solid {color}",
+            margin=margin,
+        )
 
     # What the reader does -------------------------------------------------------------
 
@@ -225,10 +264,8 @@ class ModuleRows(LayerRows):
         names, continued = set(plan.names), {n for s in plan.segments for n in s[1:]}
         for key, row in zip(self._keys, self.children, strict=True):
             run = self._runs.get(key, [key])
-            ticked = names.issuperset(run)
-            color = COLORS["recomputed"] if ticked else "transparent"
-            row.layout.border_left = f"4px solid {color}"
-            row.layout.margin = "0" if key in continued else "2px 0 0 0"
+            margin = "0" if key in continued else "2px 0 0 0"
+            row.layout = self._row_look(names.issuperset(run), margin)
             if key in self.joins:
                 both = key in names and self._ticks.before[key] in names
                 self.joins[key].disabled = not both

@@ -23,16 +23,31 @@ SILENT_ICONS = "".join(
     )
 )
 
+JOIN_LOOK = {"height": "22px", "padding": "0", "margin": "3px 0"}
+
+
+class Shared(dict):
+    """Makes each layout and style once, for all rows.
+
+    Each is a message to the browser, and where too many come at once some are lost.
+    """
+
+    def __call__(self, kind: type[widgets.Widget], **values: str) -> widgets.Widget:
+        key = kind, *values.items()
+        if key not in self:
+            self[key] = kind(**values)
+        return self[key]
+
 
 class Join(widgets.ToggleButton):
     """Joins a layer to the one before it; its title says what a click does."""
 
     before = traitlets.Unicode()
 
-    def __init__(self, name: str, before: str = "") -> None:
+    def __init__(self, name: str, before: str = "", **shared: widgets.Widget) -> None:
         self.name = name
-        super().__init__(icon="link", before=before)
-        self.layout = wide(30, height="22px", padding="0", margin="3px 0")
+        look = shared or {"layout": wide(30, **JOIN_LOOK)}
+        super().__init__(icon="link", before=before, **look)
 
     @traitlets.observe("value", "before")
     def _say(self, _: dict) -> None:
