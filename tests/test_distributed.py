@@ -149,9 +149,14 @@ def test_an_interrupt_ends_the_ranks(tmp_path):
             time.sleep(0.1)
         signal.raise_signal(signal.SIGINT)
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        distributed.run(hangs_on_1)
+    # A shell's background jobs are started with interrupts ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            distributed.run(hangs_on_1)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_ranks_end_with_a_process_that_is_killed(tmp_path):
