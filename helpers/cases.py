@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from helpers.checkpointing import Plan, checkpointed
+from helpers.devices import random_numbers_kept
 from helpers.dry_run import meta_batch, meta_model
 from helpers.fingerprint import describe
 
@@ -43,7 +44,7 @@ class Case:
 
     def made(self, device: str, seed: int) -> tuple[nn.Module, object]:
         """Make model and batch on a device, the same ones for the same seed."""
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
+        with random_numbers_kept():
             torch.manual_seed(seed)
             with torch.device(device):
                 return self.make_model(), self.make_batch()

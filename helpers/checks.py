@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from helpers.checkpointing import Plan
+from helpers.devices import random_numbers_kept
 from helpers.measure import predict
 from helpers.step import training_step
 from helpers.units import BLOCK_BYTES, format_bytes, format_flops
@@ -98,7 +99,7 @@ def check_gradients(
     plain = copy.deepcopy(model)
     inputs = batch if isinstance(batch, tuple) else (batch,)
     model.zero_grad(set_to_none=True)
-    with torch.random.fork_rng():
+    with random_numbers_kept():
         torch.manual_seed(0)
         training_step(plain, batch)()
         torch.manual_seed(0)

@@ -7,6 +7,7 @@ scratch in it, and the peaks of the tensors alone.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,9 @@ from helpers.recording import RecordedCase, RecordedSearch, Recording
 from helpers.report import StepReport
 from helpers.scratch import on_gpu
 from helpers.units import format_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,21 @@ def _causes(one: Comparison) -> str:
         f"{one.error_bytes - one.tensors_error_bytes:+,} B; blocks were "
         f"{one.case.measured.padding_bytes:,} B larger than what was asked for"
     )
+
+
+def table(comparisons: Sequence[Comparison]) -> "pd.DataFrame":
+    """Sum up a comparison, a row for each model, batch, optimizer and precision."""
+    import pandas as pd  # here, since a bare machine with a GPU has none
+
+    rows = pd.DataFrame([one.row() for one in comparisons])
+    errors = rows.error_bytes.abs()
+    rows["exact"], rows["error"] = errors == 0, errors
+    alike = rows.groupby(["model", "rows", "optimizer", "precision"], sort=False)
+    return alike.agg(
+        cases=("exact", "size"),
+        exact=("exact", "sum"),
+        largest_error_bytes=("error", "max"),
+    ).reset_index()
 
 
 def describe_search(found: RecordedSearch) -> str:

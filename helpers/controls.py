@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from helpers.checkpointing import Plan, checkpointed
-from helpers.devices import memory_bytes, too_large
+from helpers.devices import memory_bytes, random_numbers_kept, too_large
 from helpers.dry_run import meta_batch, meta_model
 from helpers.findings import finding
 from helpers.idle import IdleWork
@@ -395,7 +395,7 @@ class LayerLab(widgets.HBox):
         plan, key = self._shown, self._key()
         self._check_bearable(device)
         model = self._factory
-        with torch.random.fork_rng():
+        with random_numbers_kept():
             if not isinstance(model, nn.Module):
                 model = self._factory(**self.settings)
             batch = self._input(model, self._good.get("batch"), device)

@@ -128,6 +128,14 @@ def allocator_bytes(
     }
 
 
+def random_numbers_kept() -> contextlib.AbstractContextManager:
+    """Put the random states of the CPU and of every GPU back at a block's end.
+
+    PyTorch warns of several GPUs where they are not named.
+    """
+    return torch.random.fork_rng(range(torch.cuda.device_count()))
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an allocator, CUDA's or the CPU's, refused."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (

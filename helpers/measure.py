@@ -25,6 +25,7 @@ from helpers.devices import (
     left_as_found,
     memory_bytes,
     placed,
+    random_numbers_kept,
     too_large,
     usable_device,
 )
@@ -250,11 +251,9 @@ def _steps(
         made = optimizer(model.parameters()) if optimizer else None
         step = training_step(model, batch, loss, made, autocast)
 
-        gpus = [torch.cuda.current_device()] if device == "cuda" else []
-
         @contextlib.contextmanager
         def applied(plan: Plan) -> Iterator[None]:
-            with uncounted(), torch.random.fork_rng(gpus), torch.enable_grad():
+            with uncounted(), random_numbers_kept(), torch.enable_grad():
                 with checkpointed(model, plan, **checkpoint_options):
                     yield
 

@@ -24,8 +24,8 @@ from helpers.checkpointing import Plan, checkpointed
 from helpers.measure import report_of
 from helpers.report import StepReport
 from helpers.step import Loss, training_step
-from helpers.timeline import Timeline
-from helpers.tracker import Tracker, call, state_tensors, tensors_in
+from helpers.timeline import record_timeline
+from helpers.tracker import Tracker
 
 
 def measure_step(
@@ -55,16 +55,9 @@ def measure_step(
         _communicate_by_copies(model)
     with checkpointed(inside, plan, **checkpoint_options):
         step()  # makes the optimizer's state; DDP then orders its buckets anew
-        buckets = _buckets(model, step)
-        tracker = RankTracker(model, frozenset({device}), call)
-        tracker.expect("input", tensors_in(batch))
-        tracker.expect("gradient", buckets)
-        if made:
-            tracker.expect("optimizer_state", state_tensors(made))
-        with torch.autograd.set_multithreading_enabled(False), tracker.watching():
-            step()
-    tracker.categorise()
-    timeline = Timeline(tracker.before, tracker.log, tracker.flops)
+        make_tracker = functools.partial(RankTracker, _buckets(model, step))
+        how = {"optimizer": made, "make_tracker": make_tracker}
+        timeline = record_timeline(step, model, batch=batch, **how)
     return report_of(timeline, plan, device, "measured")
 
 
@@ -115,7 +108,11 @@ class _ByCopies:
 
 
 class RankTracker(Tracker):
-    """A Tracker that sees shards, and storages that change their size."""
+    """A Tracker that sees buckets, shards, and storages that change their size."""
+
+    def __init__(self, buckets: list[torch.Tensor], *args: object) -> None:
+        super().__init__(*args)
+        self.expect("gradient", buckets)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if DTensor in types:

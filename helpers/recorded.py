@@ -2,19 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from helpers.checkpointing import Plan
-from helpers.comparison import Comparison
 from helpers.recording import FOLDER, RecordedCase, Recording, read
 from helpers.recording_set import Step, all_settings
 from helpers.report import StepReport
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Pair = tuple[StepReport, StepReport]
 
@@ -128,18 +123,3 @@ def _pairs(cases: list[RecordedCase]) -> dict[Plan, Pair]:
         for case in cases
         if base and case.base_ms and case.plan in reports
     }
-
-
-def table(comparisons: Sequence[Comparison]) -> "pd.DataFrame":
-    """Sum up a comparison, a row for each model, batch, optimizer and precision."""
-    import pandas as pd  # here, since most notebooks that draw need no table
-
-    rows = pd.DataFrame([one.row() for one in comparisons])
-    errors = rows.error_bytes.abs()
-    rows["exact"], rows["error"] = errors == 0, errors
-    alike = rows.groupby(["model", "rows", "optimizer", "precision"], sort=False)
-    return alike.agg(
-        cases=("exact", "size"),
-        exact=("exact", "sum"),
-        largest_error_bytes=("error", "max"),
-    ).reset_index()

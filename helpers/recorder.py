@@ -15,7 +15,7 @@ import torch
 
 from helpers import comparison
 from helpers.checkpointing import Plan, checkpointed
-from helpers.devices import free_memory, is_out_of_memory
+from helpers.devices import free_memory, is_out_of_memory, random_numbers_kept
 from helpers.limits import largest_batch, memory_limit
 from helpers.measure import measure_plans, predict
 from helpers.recording import (
@@ -146,7 +146,7 @@ def _measured(
     warmup: int,
     say: Callable[[str], object],
 ) -> dict[Plan, StepReport]:
-    with torch.random.fork_rng():
+    with random_numbers_kept():
         torch.manual_seed(SEED)
         with torch.device(device):
             model, batch = group.step.make_model(), group.step.make_batch()

@@ -14,7 +14,12 @@ import torch
 from torch import nn
 
 from helpers.checkpointing import Plan, checkpointed
-from helpers.devices import left_as_found, placed, usable_device
+from helpers.devices import (
+    left_as_found,
+    placed,
+    random_numbers_kept,
+    usable_device,
+)
 from helpers.step import Loss, training_step
 
 
@@ -43,7 +48,7 @@ def stage_times_ms(
     again_ms: dict[str, list[float]] = {name: [] for name in names}
     with contextlib.ExitStack() as stack:
         stack.enter_context(left_as_found(model, trains=False))
-        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(random_numbers_kept())
         stack.enter_context(torch.enable_grad())
         spans: list[tuple[str, bool, Callable[[], float]]] = []
         for name in names:

@@ -207,6 +207,7 @@ def record_timeline(
     devices: Iterable[str] | None = None,
     run: Callable = call,
     scratch: Callable = no_scratch,
+    make_tracker: Callable[..., Tracker] = Tracker,
 ) -> Timeline:
     """Run ``step`` once and record every storage that it allocates and frees.
 
@@ -221,13 +222,14 @@ def record_timeline(
         run: runs an operator, as ``run(func, args, kwargs)``; default: just calls it.
         scratch: tells how many bytes an operator takes besides tensors, as
             ``scratch(func, args)``.
+        make_tracker: makes what watches, for what no operator shows.
 
     Backward runs on the calling thread meanwhile, so this is no way to time a step.
     """
     if devices is None:
         first = next(model.parameters(), None)
         devices = ("cpu" if first is None else first.device.type,)
-    tracker = Tracker(model, frozenset(devices), run, scratch)
+    tracker = make_tracker(model, frozenset(devices), run, scratch)
     tracker.expect("input", tensors_in(batch))
     if optimizer is not None:
         tracker.expect("optimizer_state", state_tensors(optimizer))

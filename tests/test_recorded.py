@@ -9,11 +9,11 @@ from matplotlib.figure import Figure
 from helpers import planner
 from helpers.axes import RECORDED
 from helpers.checkpointing import Plan
-from helpers.comparison import compare
+from helpers.comparison import compare, table
 from helpers.measure import predict
 from helpers.models import MLP, uniform_mlp
 from helpers.plots import plot_lines, plot_peaks, plot_times, plot_tradeoff
-from helpers.recorded import NOTHING, find_recorded, recordings, table
+from helpers.recorded import NOTHING, find_recorded, recordings
 from helpers.recording import file_name, read, write
 from helpers.recording_set import NAMED, WAIST, WAIST_NAMED, groups, segments
 from tests.made_up import FIXTURE, PLANS, tiny
