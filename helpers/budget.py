@@ -44,8 +44,8 @@ class BudgetLab(LayerLab):
         self._budget_bytes, self._unit_bytes = 0, 1
         self._planned, self._fits = Plan(), True
         self._follows = True  # whether the boxes show what was planned
-        self.slider = widgets.IntSlider(description="budget", readout=False, max=0)
-        self.slider.layout = wide(470)
+        look = {"description": "budget", "layout": wide(470)}
+        self.slider = widgets.IntSlider(readout=False, max=0, **look)
         self.slider.style.description_width = "52px"
         self.field = widgets.FloatText(step=0.1, layout=wide(96))
         self.unit = widgets.Label(layout=wide(36))

@@ -163,21 +163,21 @@ class LayerLab(widgets.HBox):
             values["batch"] = self._batch
         controls = {}
         for name, value in values.items():
+            look = {"value": value, "description": name, "layout": wide(216)}
             if value in ACTIVATIONS:
-                control = widgets.Dropdown(options=list(ACTIVATIONS), value=value)
+                control = widgets.Dropdown(options=list(ACTIVATIONS), **look)
             elif isinstance(value, float):
-                control = widgets.FloatText(value=value, step=0.1)
+                control = widgets.FloatText(step=0.1, **look)
             else:
-                control = widgets.IntText(value=value)
-            control.description, control.layout = name, wide(216)
+                control = widgets.IntText(**look)
             control.style.description_width = "76px"
             control.observe(lambda _: self._later(self._rebuild), "value")
             controls[name] = control
         return controls
 
     def _make_shortcuts(self) -> tuple[dict[str, widgets.Button], widgets.VBox]:
-        self.piece = widgets.BoundedIntText(2, min=1, max=999, description="of")
-        self.piece.layout = wide(84, margin="1px")
+        look = {"description": "of", "layout": wide(84, margin="1px")}
+        self.piece = widgets.BoundedIntText(2, min=1, max=999, **look)
         self.piece.style.description_width = "24px"
         plans = {
             "none": Plan,
@@ -187,10 +187,9 @@ class LayerLab(widgets.HBox):
         }
         buttons = {}
         for text, plan in plans.items():
-            button = widgets.Button(description=text)
-            button.layout = wide(
-                60 if text == "none" else 76, margin="1px", padding="0"
-            )
+            pixels = 60 if text == "none" else 76
+            look = wide(pixels, margin="1px", padding="0")
+            button = widgets.Button(description=text, layout=look)
             button.on_click(lambda _, plan=plan: self._apply(plan()))
             buttons[text] = button
         *first, pieces = buttons.values()
