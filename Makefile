@@ -35,7 +35,7 @@ test: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m tests.bench
 
-# What this machine's GPU does, for readers without one: helpers/recordings/*.json
+# What this machine's GPU does, for readers without one: helpers/recording/*.json
 record: $(INSTALLED)
 	$(BIN)/python -m helpers.recording
 
@@ -53,7 +53,7 @@ execute: $(INSTALLED)
 
 # The links between notebooks, and README's table of them.
 nav: $(INSTALLED)
-	$(BIN)/python -m tests.navigation
+	$(BIN)/python -m tests.notebooks.navigation
 
 # nbconvert keeps links between notebooks as they are; the pages are .html here.
 html: $(INSTALLED)

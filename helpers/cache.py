@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from helpers.fingerprint import digest
-from helpers.report import StepReport
+from helpers.measure import StepReport
 
 
 class ReportCache:

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from helpers.checkpointing import Plan, checkpointed
-from helpers.devices import random_numbers_kept
 from helpers.dry_run import meta_batch, meta_model
 from helpers.fingerprint import describe
+from helpers.measure import random_numbers_kept
 
 PlanOrRule = Plan | Callable[[nn.Module], Plan]
 

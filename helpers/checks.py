@@ -10,9 +10,7 @@ import torch
 from torch import nn
 
 from helpers.checkpointing import Plan
-from helpers.devices import random_numbers_kept
-from helpers.measure import predict
-from helpers.step import training_step
+from helpers.measure import predict, random_numbers_kept, training_step
 from helpers.units import BLOCK_BYTES, format_bytes, format_flops
 
 NO_HINTS: Mapping[float, str] = MappingProxyType({})

@@ -13,9 +13,7 @@ from torch._functorch import config
 
 from helpers.checkpointing import Plan
 from helpers.dry_run import meta_batch, meta_model
-from helpers.measure import predict, report_of
-from helpers.report import StepReport
-from helpers.step import Loss, training_step
+from helpers.measure import Loss, StepReport, predict, report_of, training_step
 from helpers.timeline import record_timeline
 
 BACKEND = "aot_eager_decomp_partition"  # forward and backward graphs, run op by op

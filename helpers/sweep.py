@@ -22,17 +22,19 @@ from torch import nn
 from helpers.cache import ReportCache
 from helpers.cases import Case, PlanOrRule, make_cases
 from helpers.checkpointing import Plan
-from helpers.devices import (
+from helpers.fingerprint import describe, describe_machine, digest, helpers_digest
+from helpers.measure import (
+    Loss,
+    OptimizerFactory,
+    StepReport,
     free_memory,
     is_out_of_memory,
+    measure_plans,
     memory_bytes,
+    predict,
     usable_device,
 )
-from helpers.fingerprint import describe, describe_machine, digest, helpers_digest
-from helpers.measure import OptimizerFactory, measure_plans, predict
 from helpers.progress import progress_bar
-from helpers.report import StepReport
-from helpers.step import Loss
 
 NUMBERS = {
     "peak_bytes": "Int64",

@@ -18,19 +18,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from helpers import controls
-from helpers.chain import Chain
 from helpers.checkpointing import Plan
 from helpers.controls import LayerLab
+from helpers.controls import lab as controls
 from helpers.dry_run import meta_model
-from helpers.measure import measure_plans, predict
+from helpers.measure import measure_plans, predict, training_step
 from helpers.models import DocsMLP, uniform_mlp
-from helpers.planner import best_plan, least_peak_bytes, pareto
-from helpers.step import training_step
+from helpers.planner import Chain, best_plan, least_peak_bytes, pareto
 from helpers.timeline import record_timeline
-from tests import browser
-from tests.chains import equal_chain, every_plan, mixed_chain, whole_front
-from tests.nested import nested_least_cost
+from tests.browser import page as browser
+from tests.planner.chains import equal_chain, every_plan, mixed_chain, whole_front
+from tests.planner.nested import nested_least_cost
 
 SETTINGS = {"depth": 8, "width": 1024, "activation": "gelu"}
 

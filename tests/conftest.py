@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def url(request, tmp_path_factory) -> Iterator[str]:
     """Serve copies of the notebooks, and the module's own ``CELLS`` as one."""
-    from tests.browser import ROOT, find_browser, jupyter_lab, write_notebook
+    from tests.browser.page import ROOT, find_browser, jupyter_lab, write_notebook
 
     if find_browser() is None:
         stop = pytest.fail if os.environ.get("CI") else pytest.skip
@@ -32,7 +32,7 @@ def url(request, tmp_path_factory) -> Iterator[str]:
 # Not for the session: while Playwright runs, no other test can use asyncio.
 @pytest.fixture(scope="module")
 def browser(url) -> Iterator["Browser"]:
-    from tests.browser import chromium
+    from tests.browser.page import chromium
 
     with chromium() as browser:
         yield browser

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from helpers.compiled import CompiledModel, measure_compiled, predict_compiled
-from helpers.measure import predict
+from helpers.measure import predict, training_step
 from helpers.models import uniform_mlp
-from helpers.step import training_step
 
 ROWS, WIDTH = 256, 64
 

@@ -10,12 +10,17 @@ import torch
 from torch.nn import functional as F
 
 from helpers.checkpointing import Plan, checkpointed
-from helpers.limits import memory_limit
-from helpers.measure import measure, measure_plans, predict
+from helpers.measure import (
+    measure,
+    measure_plans,
+    memory_limit,
+    predict,
+    time_step_ms,
+    training_step,
+)
 from helpers.models import MLP, DocsMLP, uniform_mlp
-from helpers.recorder import measure_group, run_search
-from helpers.recording_set import Group, Search, Step
-from helpers.step import time_step_ms, training_step
+from helpers.recording._set import Group, Search, Step
+from helpers.recording.record import measure_group, run_search
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,12 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.architectures import GPT
 from helpers.checkpointing import Plan, checkpointed
-from helpers.measure import measure, predict
+from helpers.measure import measure, predict, training_step
 from helpers.models import uniform_mlp
+from helpers.models.architectures import GPT
 from helpers.offload import Offloaded
-from helpers.step import training_step
 
 ROWS, WIDTH = 256, 64
 BF16 = torch.bfloat16

@@ -22,7 +22,7 @@ PINS = [
 ]
 # A GPU machine without Jupyter can measure: everything but torch is blocked.
 TORCH_ONLY = ["units", "models", "checkpointing", "timeline", "measure", "recording"]
-TORCH_ONLY += ["recorded", "recorder"]
+TORCH_ONLY += ["recording.recorded", "recording.record"]
 BLOCKED = ["IPython", "PIL", "ipywidgets", "matplotlib", "numpy", "pandas", "tqdm"]
 
 

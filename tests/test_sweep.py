@@ -16,10 +16,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from helpers import measure as measuring
 from helpers import plots
 from helpers import sweep as sweeping
 from helpers.checkpointing import Plan
+from helpers.measure import measured as measuring
 from helpers.measure import predict
 from helpers.models import MLP, uniform_mlp
 from helpers.sweep import sweep

@@ -1,0 +1,207 @@
+"""The scratch memory that CUDA's kernels take for themselves, inside one operator.
+
+It comes out of the same allocator as tensors and is given back when the operator is
+done, so it is in ``max_memory_allocated``, and no tensor. The largest is a sum's: many
+blocks of threads add up a part each, and leave it in a buffer which can be larger than
+the tensor that is summed. Every bias's gradient is such a sum. A product copies a
+matrix that cuBLAS cannot read as it lies, such as the gradient of ``output.sum()``.
+
+Source: ``setReduceConfig`` in Reduce.cuh and ``prepare_matrix_for_cublas`` in
+cuBlasCommonArgs.h, in ATen/native/cuda among the headers that PyTorch installs. Other
+kernels' scratch (cuDNN's, attention's) is not known here.
+"""
+
+import contextlib
+import contextvars
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from helpers.timeline.tracker import no_scratch
+from helpers.units import round_to_block
+
+
+class Gpu(NamedTuple):
+    """What a sum's buffer depends on: in how many blocks of threads a GPU can sum."""
+
+    processors: int  # multiprocessors
+    threads: int  # that each of them can hold
+
+
+H100 = Gpu(132, 2048)  # also an H200
+_chosen: contextvars.ContextVar[Gpu | None] = contextvars.ContextVar("gpu")
+_aten = torch.ops.aten
+_SUMS = {_aten.sum.default, _aten.sum.dim_IntList, _aten.mean.default, _aten.mean.dim}
+_PRODUCTS = {_aten.mm.default, _aten.addmm.default}
+
+
+def this_gpu() -> Gpu:
+    """Describe the GPU that predictions are for: this machine's, or else an H100."""
+    if gpu := _chosen.get(None):
+        return gpu
+    if not torch.cuda.is_available():
+        return H100
+    found = torch.cuda.get_device_properties("cuda")
+    return Gpu(found.multi_processor_count, found.max_threads_per_multi_processor)
+
+
+@contextlib.contextmanager
+def on_gpu(gpu: Gpu) -> Iterator[None]:
+    """Predict for another GPU inside this block."""
+    token = _chosen.set(gpu)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def scratch_on(device: str) -> Callable[[torch._ops.OpOverload, tuple], int]:
+    """Choose what tells an operator's scratch; none is known of a CPU's kernels."""
+    if device == "cuda":
+        return functools.partial(scratch_bytes, gpu=this_gpu())
+    return no_scratch
+
+
+def scratch_bytes(func: torch._ops.OpOverload, args: tuple, gpu: Gpu) -> int:
+    """Tell how much an operator takes besides its output, in blocks of 512 B.
+
+    Args:
+        args: what the operator is called with, on any device.
+    """
+    if func in _PRODUCTS:
+        unread = (matrix for matrix in args[-2:] if not _can_be_read(matrix))
+        return sum(round_to_block(x.numel() * x.element_size()) for x in unread)
+    if func not in _SUMS or not args[0].numel() or not args[0].is_floating_point():
+        return 0
+    x, dims = args[0], args[1] if len(args) > 1 else None
+    dims = range(x.dim()) if not dims else [dim % x.dim() for dim in dims]
+    item_bytes = x.element_size()
+    address = x.storage_offset() * item_bytes
+    axes = _coalesced(_axes(x.shape, x.stride(), dims))
+    return _of_sum(axes, item_bytes, address, gpu)
+
+
+def _can_be_read(matrix: torch.Tensor) -> bool:
+    """Say whether cuBLAS can read a matrix as it lies, by rows or by columns."""
+    (rows, columns), (down, along) = matrix.shape, matrix.stride()
+    if 1 in (rows, columns) and (along if rows == 1 else down) == 1:
+        return True  # a vector
+    by_rows = along == 1 and down >= max(1, columns)
+    return by_rows or (down == 1 and along >= max(1, rows))
+
+
+# The order of axes ------------------------------------------------------------------
+
+
+class _Axis(NamedTuple):
+    size: int
+    stride: int  # in the input, in elements
+    output_stride: int  # 0 for what is summed over
+
+
+def _axes(
+    shape: Sequence[int], strides: Sequence[int], dims: Sequence[int]
+) -> list[_Axis]:
+    """Order axes as TensorIterator does: those summed over first, the fastest first."""
+    axes, output_stride = [], 1
+    for dim in reversed(range(len(shape))):
+        is_summed = dim in dims
+        if shape[dim] > 1:
+            axes.append(
+                _Axis(shape[dim], strides[dim], 0 if is_summed else output_stride)
+            )
+        output_stride *= 1 if is_summed else shape[dim]
+    axes.sort(key=lambda axis: (axis.output_stride, axis.stride))
+    return axes
+
+
+def _coalesced(axes: list[_Axis]) -> list[_Axis]:
+    """Join axes that lie in memory like a single one."""
+    joined = axes[:1]
+    for axis in axes[1:]:
+        last = joined[-1]
+        ends = last.size * last.stride, last.size * last.output_stride
+        if ends == (axis.stride, axis.output_stride):
+            joined[-1] = last._replace(size=last.size * axis.size)
+        else:
+            joined.append(axis)
+    return joined
+
+
+def _of_sum(axes: list[_Axis], item_bytes: int, address: int, gpu: Gpu) -> int:
+    """Halve what 32 bits cannot index, as often as it takes; the larger half counts."""
+    numel = math.prod(axis.size for axis in axes)
+    extents = [
+        (axis.size - 1) * max(axis.stride, axis.output_stride) * item_bytes
+        for axis in axes
+    ]
+    if max(numel, 1 + sum(extents)) < 2**31:
+        return _of_kernel(axes, item_bytes, address, gpu)
+    longest = extents.index(max(extents))
+    axis = axes[longest]
+    half = axis.size // 2
+    ends = address, address + half * axis.stride * item_bytes
+    return max(
+        _of_sum(
+            [*axes[:longest], axis._replace(size=size), *axes[longest + 1 :]],
+            item_bytes,
+            start,
+            gpu,
+        )
+        for size, start in zip((half, axis.size - half), ends, strict=True)
+    )
+
+
+# One kernel -------------------------------------------------------------------------
+
+
+def _of_kernel(axes: list[_Axis], item_bytes: int, address: int, gpu: Gpu) -> int:
+    """Size a kernel's buffer for partial sums, and its semaphores."""
+    summed = [axis for axis in axes if not axis.output_stride]
+    kept = [axis for axis in axes if axis.output_stride]
+    n_inputs = math.prod(axis.size for axis in summed)
+    n_outputs = math.prod(axis.size for axis in kept)
+    if n_inputs == 1:
+        return 0
+    along_rows = not kept or summed[0].stride < kept[0].stride
+    dim0, dim1 = (n_inputs, n_outputs) if along_rows else (n_outputs, n_inputs)
+    fastest = summed[0] if along_rows else kept[0]
+    vector = 1  # outputs that a thread sums at once
+    if fastest.stride == 1 and not along_rows:
+        vector = _vector(kept[0], [*summed, *kept[1:]], address // item_bytes)
+        dim0 //= vector
+    elif fastest.stride == 1 and dim0 >= 128 and len(summed) == 1:
+        dim0 //= 4
+    most = 512 // vector
+    dim0, dim1 = (_power_of_two(min(dim, most)) for dim in (dim0, dim1))
+    height = min(dim1, most // min(dim0, 32))
+    width = min(dim0, most // height)
+    step_input, step_output = (width, 1) if along_rows else (1, width)
+    is_split = -(-n_inputs // step_input) >= min(16 * height, 256)
+    step_input *= height if is_split else 1
+    step_output *= 1 if is_split else height
+    values = -(-n_inputs // step_input)  # that a thread sums
+    grid = -(-(n_outputs // vector) // step_output)
+    target = gpu.processors * (gpu.threads // (width * height))
+    if not is_split or values < 256 or grid > target:
+        return 0
+    blocks = max(min(-(-target // grid), -(-values // 16)), -(-values // 256))
+    if blocks == 1:
+        return 0
+    buffer = max(item_bytes, 4) * n_outputs * blocks  # sums of halves are in float32
+    buffer *= 1 if along_rows else width * vector
+    return round_to_block(buffer) + round_to_block(4 * grid)
+
+
+def _vector(first: _Axis, others: list[_Axis], offset: int) -> int:
+    """Say how many outputs a thread can load at once: 4, 2 or 1."""
+    sizes = [offset, first.size, *(axis.stride for axis in others)]
+    return next(n for n in (4, 2, 1) if all(size % n == 0 for size in sizes))
+
+
+def _power_of_two(number: int) -> int:
+    """Round down to a power of two, from 1 up."""
+    return 1 << (max(number, 1).bit_length() - 1)

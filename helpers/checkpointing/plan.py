@@ -1,0 +1,181 @@
+"""Which layers are checkpointed, in which segments, and whether a model fits that.
+
+A segment is run once without saving what autograd needs inside it; backward runs it
+again. Only the segment's input stays in memory in between.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which layers are checkpointed: a tuple of segments, each a tuple of names.
+
+    A segment is a run of consecutive children of one ``nn.Sequential``, or of one
+    ``nn.ModuleList`` whose owner feeds each into the next, or a single module by its
+    dotted name. ``Plan()`` checkpoints nothing.
+    """
+
+    segments: tuple[tuple[str, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.segments, str) or any(
+            isinstance(segment, str) for segment in self.segments
+        ):
+            raise ValueError(
+                "a plan is a tuple of segments, each a tuple of names: "
+                'Plan((("layer1", "layer2"), ("layer4",)))'
+            )
+        segments = tuple(tuple(segment) for segment in self.segments)
+        if not all(segments):
+            raise ValueError("a segment needs at least one layer; got an empty one")
+        object.__setattr__(self, "segments", segments)
+
+    @classmethod
+    def alone(cls, names: Iterable[str]) -> "Plan":
+        """Make each named layer a segment of its own, as the docs' snippet means."""
+        return cls(tuple((name,) for name in names))
+
+    @classmethod
+    def grouped(cls, model: nn.Module, names: Iterable[str]) -> "Plan":
+        """Join named layers that are neighbours in a Sequential into one segment."""
+        names = list(names)
+        check_fits(model, cls.alone(names))
+        segments: list[tuple[str, ...]] = []
+        for name in sorted(names, key=_all_names(model).index):
+            if segments and follows(model, segments[-1][-1], name):
+                segments[-1] += (name,)
+            else:
+                segments.append((name,))
+        return cls(tuple(segments))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All checkpointed layers, in the plan's order."""
+        return tuple(name for segment in self.segments for name in segment)
+
+    def __str__(self) -> str:
+        if not self.segments:
+            return "no checkpointing"
+        return ", ".join("+".join(segment) for segment in self.segments)
+
+    def code(self, model: nn.Module) -> str:
+        """Write the snippet that applies this plan to ``model`` with torch alone."""
+        from helpers.checkpointing import _code  # which needs this module
+
+        check_fits(model, self)
+        return _code.snippet(model, self)
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """Name the layers that a reader can tick: the children that have parameters."""
+    return [
+        name
+        for name, child in model.named_children()
+        if any(True for _ in child.parameters())
+    ]
+
+
+def follows(model: nn.Module, before: str, after: str) -> bool:
+    """Say whether ``after`` comes right after ``before`` in one ``nn.Sequential``."""
+    parent = parent_of(before)
+    if parent != parent_of(after) or not _is_chain(model.get_submodule(parent)):
+        return False
+    siblings = list(model.get_submodule(parent)._modules)
+    place = siblings.index(before.rpartition(".")[2]) + 1
+    return siblings[place : place + 1] == [after.rpartition(".")[2]]
+
+
+def listed_after(model: nn.Module, before: str, after: str) -> bool:
+    """Say whether ``after`` comes right after ``before`` in one ``nn.ModuleList``."""
+    parent, _, place = before.rpartition(".")
+    is_list = isinstance(model.get_submodule(parent), nn.ModuleList)
+    return is_list and after == f"{parent}.{int(place) + 1}"
+
+
+def parent_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def listed_segments(model: nn.Module, plan: Plan) -> list[tuple[str, ...]]:
+    """Find the segments of two or more that lie in an ``nn.ModuleList``."""
+    return [
+        segment
+        for segment in plan.segments
+        if len(segment) > 1 and listed_after(model, *segment[:2])
+    ]
+
+
+def runs_by_parent(
+    model: nn.Module, plan: Plan
+) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Map each Sequential to its segments of two or more: {first child: children}."""
+    runs: dict[str, dict[str, tuple[str, ...]]] = {}
+    listed = listed_segments(model, plan)
+    for segment in plan.segments:
+        if len(segment) > 1 and segment not in listed:
+            children = tuple(name.rpartition(".")[2] for name in segment)
+            runs.setdefault(parent_of(segment[0]), {})[children[0]] = children
+    return runs
+
+
+def _all_names(model: nn.Module) -> list[str]:
+    """Name every module, one that comes twice by both its names."""
+    return [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+
+
+def _is_chain(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and (
+        type(module).forward is nn.Sequential.forward
+    )
+
+
+def check_fits(model: nn.Module, plan: Plan) -> None:
+    """Raise ValueError, with the names that exist, unless ``plan`` fits ``model``."""
+    known = _all_names(model)
+    layers = ", ".join(layer_names(model) or known) or "none"
+    for name in plan.names:
+        if name not in known:
+            raise ValueError(f"no layer named {name!r}; this model has: {layers}")
+        _check_is_called(name, model.get_submodule(name))
+    for name in plan.names:
+        if plan.names.count(name) > 1:
+            raise ValueError(
+                f"{name!r} is named twice; a layer belongs to one segment at most"
+            )
+        for other in plan.names:
+            if name.startswith(other + "."):
+                raise ValueError(
+                    f"{name!r} lies inside {other!r}, which is checkpointed as well; "
+                    "name one of the two"
+                )
+    for segment in plan.segments:
+        for before, after in zip(segment, segment[1:], strict=False):
+            if not (
+                follows(model, before, after) or listed_after(model, before, after)
+            ):
+                raise ValueError(
+                    f"{after!r} does not follow {before!r} in one nn.Sequential, so "
+                    "they cannot share a segment; a segment is a run of neighbours "
+                    f"among: {layers}"
+                )
+        parent = parent_of(segment[0])
+        if len(segment) > 1 and "forward" in vars(model.get_submodule(parent)):
+            raise ValueError(
+                f"the forward of {repr(parent) if parent else 'the model'} has been "
+                f"replaced already, so {' and '.join(segment)} cannot share a segment; "
+                f"undo the other plan first, or name single layers among: {layers}"
+            )
+
+
+def _check_is_called(name: str, module: nn.Module) -> None:
+    """Raise ValueError for a ModuleList and its like: nothing would happen."""
+    if type(module).forward is nn.Module.forward and "forward" not in vars(module):
+        inside = ", ".join(f"{name}.{child}" for child in module._modules) or "none"
+        raise ValueError(
+            f"{name!r} is a {type(module).__name__}, which has no forward of its own "
+            f"to checkpoint; name the layers in it: {inside}"
+        )

@@ -1,0 +1,33 @@
+"""What one training step needs: measured on a device, or predicted without one.
+
+Names are imported when they are asked for, so that ``predict`` stands on its own.
+"""
+
+from helpers import lazily
+
+_HOMES = {
+    "StepReport": "report",
+    "Loss": "step",
+    "Misfit": "step",
+    "failing_layer": "step",
+    "time_step_ms": "step",
+    "training_step": "step",
+    "OptimizerFactory": "predicted",
+    "predict": "predicted",
+    "report_of": "predicted",
+    "measure": "measured",
+    "measure_plans": "measured",
+    "measuring_plans": "measured",
+    "memory_limit": "limits",
+    "largest_batch": "limits",
+    "free_memory": "device",
+    "is_out_of_memory": "device",
+    "left_as_found": "device",
+    "memory_bytes": "device",
+    "placed": "device",
+    "random_numbers_kept": "device",
+    "too_large": "device",
+    "usable_device": "device",
+}
+__all__ = list(_HOMES)
+__getattr__ = lazily(__name__, _HOMES)

@@ -1,0 +1,185 @@
+"""The device that a step runs on: what it has, what it refuses, what it counts."""
+
+import contextlib
+import copy
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from helpers.measure._cpu_limit import limit_in_force, uncounted, way_out
+from helpers.timeline import tensors_in
+from helpers.units import format_bytes, round_to_block
+
+
+def usable_device(model: nn.Module, device: str | None) -> str:
+    """Resolve the device to run on, or say what is missing."""
+    if device is None:
+        first = next(model.parameters(), torch.empty(0))
+        device = first.device
+    device = torch.device(device).type
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "CUDA was asked for, but this PyTorch sees no CUDA device; measure on "
+            "device='cpu', or predict(..., device='cuda') the bytes of a CUDA step"
+        )
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"measure runs on 'cpu' or 'cuda', not on {device!r}")
+    return device
+
+
+@uncounted()
+def placed(model: nn.Module, batch: object, device: str) -> tuple[nn.Module, object]:
+    """Move the batch, and a copy of the model if it lives elsewhere, to the device.
+
+    The batch's data is shared where it is there already, unless it is a view of a
+    larger tensor: then that tensor would count. Its gradient is not.
+    """
+    made: dict[int, torch.Tensor] = {}  # a tensor that comes twice is moved once
+
+    def moved(part: object) -> object:
+        if isinstance(part, torch.Tensor):
+            if id(part) not in made:
+                data = part.detach().to(device)
+                if data.untyped_storage().nbytes() != data.numel() * data.itemsize:
+                    data = data.clone()
+                made[id(part)] = data.requires_grad_(part.requires_grad)
+            return made[id(part)]
+        if isinstance(part, dict):
+            return {name: moved(value) for name, value in part.items()}
+        if isinstance(part, tuple | list):
+            return type(part)(moved(item) for item in part)
+        return part
+
+    batch = moved(batch)
+    if all(parameter.device.type == device for parameter in model.parameters()):
+        return model, batch
+    return copy.deepcopy(model).to(device), batch
+
+
+@contextlib.contextmanager
+def left_as_found(model: nn.Module, trains: bool) -> Iterator[None]:
+    """Put back what training steps change: parameters, buffers, gradients.
+
+    The copies lie in host memory, and count neither on a GPU nor under a limit.
+    """
+    changing = [*model.buffers(), *(model.parameters() if trains else ())]
+    with uncounted():
+        saved = [tensor.detach().to("cpu", copy=True) for tensor in changing]
+    gradients = [parameter.grad for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        with uncounted(), torch.no_grad():
+            for tensor, value in zip(changing, saved, strict=True):
+                tensor.copy_(value)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+
+
+def allocator_bytes(
+    step: Callable, model: nn.Module, batch: object, state: object
+) -> dict[str, int]:
+    """Count an unwatched step's bytes by CUDA's own allocator, as a report's fields.
+
+    What other tenants of the process hold, the cuBLAS workspace among them, is what is
+    allocated before the step less the tensors that belong to it. What is left at the
+    peak is the step's tensors, and what kernels take inside an operator.
+
+    Args:
+        state: tensors of the optimizer's state, nested in any way.
+    """
+    lasting = list(tensors_in([*model.parameters(), *model.buffers(), batch]))
+
+    def allocated_without_gradients() -> int:
+        for tensor in lasting:
+            tensor.grad = None
+        gc.collect()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    torch._C._cuda_clearCublasWorkspaces()
+    without_workspace = allocated_without_gradients()
+    step()
+    start_bytes = allocated_without_gradients()
+    storages = {
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
+        for tensor in tensors_in([lasting, state])
+        if tensor.is_cuda
+    }
+    others = start_bytes - sum(map(round_to_block, storages.values()))
+    torch.cuda.empty_cache()  # or what earlier steps reserved would count as well
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    allocated = torch.cuda.max_memory_allocated()
+    asked_for = torch.cuda.memory_stats()["requested_bytes.all.peak"]
+    return {
+        "allocator_peak_bytes": allocated - others,
+        "padding_bytes": allocated - asked_for,
+        "workspace_bytes": start_bytes - without_workspace,
+        "reserved_bytes": torch.cuda.max_memory_reserved(),
+    }
+
+
+def random_numbers_kept() -> contextlib.AbstractContextManager:
+    """Put the random states of the CPU and of every GPU back at a block's end.
+
+    PyTorch warns of several GPUs where they are not named.
+    """
+    return torch.random.fork_rng(range(torch.cuda.device_count()))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an allocator, CUDA's or the CPU's, refused."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def memory_bytes(device: str) -> int:
+    """Tell how much memory a step can have: what a limit in force allows, if there is
+    one, or else all of the GPU's, or what the machine has left.
+    """
+    if device == "cuda":
+        total_bytes = torch.cuda.get_device_properties("cuda").total_memory
+        return round(torch.cuda.get_per_process_memory_fraction() * total_bytes)
+    return min(limit_in_force() or sys.maxsize, _left_bytes())
+
+
+def _left_bytes() -> int:
+    with contextlib.suppress(OSError):  # there is no such file on macOS
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        (kib,) = (line.split()[1] for line in lines if "MemAvailable" in line)
+        return int(kib) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_memory(device: str) -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def too_large(device: str, needed_bytes: int, fixed_bytes: int = 0) -> str:
+    """Say that a step does not fit, what it needs where that is known, and what would.
+
+    Args:
+        fixed_bytes: what any batch and any plan need.
+    """
+    limit_bytes = memory_bytes(device)
+    needed, limit = format_bytes(needed_bytes), format_bytes(limit_bytes)
+    if needed == limit:  # a few bytes apart
+        needed, limit = f"{needed_bytes:,} B", f"{limit_bytes:,} B"
+    needs = f"needs {needed} at its peak and " if needed_bytes else ""
+    return (
+        f"the step {needs}does not fit into the {limit} that it may take on this "
+        f"{device.upper()}; {way_out(limit_bytes, fixed_bytes)}"
+    )

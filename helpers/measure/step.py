@@ -1,0 +1,195 @@
+"""One training step, as every number in this workbook means it."""
+
+import contextlib
+import inspect
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from helpers.checkpointing import (
+    ContextFault,
+    NoSegment,
+    policy_failed,
+    refuse_handed_on,
+)
+from helpers.measure.device import is_out_of_memory
+from helpers.timeline import tensors_in
+
+Loss = Callable[..., torch.Tensor]
+
+
+class Misfit(ValueError):
+    """A model, its batch and its loss do not fit together; says where and why."""
+
+
+def training_step(
+    model: nn.Module,
+    batch: object,
+    loss: Loss | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    autocast: torch.dtype | None = None,
+) -> Callable[..., None]:
+    """Make a training step: zero_grad, forward, loss, backward, optimizer's step.
+
+    Args:
+        batch: ``x`` or ``(x, target)``; an ``x`` that is a dict holds the keyword
+            arguments of the model's forward.
+        loss: called with the output, and the target where there is one; default:
+            cross-entropy with a target, ``output.sum()`` without. Of several outputs
+            these take the one called loss, the first, or the sum of all.
+        autocast: the lower precision of forward and loss, if they run in one.
+
+    Returns:
+        A function without arguments.
+
+    Raises:
+        ValueError: if the batch is no such pair; from the step, a Misfit.
+    """
+    if isinstance(batch, torch.Tensor | dict):
+        x, targets = batch, ()
+    elif isinstance(batch, tuple | list) and len(batch) == 2:
+        x, targets = batch[0], (batch[1],)
+    else:
+        raise ValueError("a batch is a tensor x or a pair (x, target)")
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"autocast is torch.bfloat16, torch.float16 or None, not {autocast!r}"
+        )
+    if loss is None:
+        loss = _cross_entropy if targets else _total
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        for tensor in tensors_in([x, *targets]):
+            if tensor.is_leaf:
+                tensor.grad = None
+        try:
+            with _precision([x, *targets], autocast):
+                output = model(**x) if isinstance(x, dict) else model(x)
+                refuse_handed_on(output)
+                value = loss(output, *targets)
+        except (RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error) or isinstance(error, NotImplementedError):
+                raise
+            raise Misfit(_misfit(error, model, x, targets)) from None
+        if not value.requires_grad:
+            raise Misfit(
+                "the loss does not depend on anything that requires a gradient, so "
+                "there is no backward pass to look at"
+            )
+        torch.autograd.backward(value)
+        if optimizer:
+            optimizer.step()
+
+    return step
+
+
+def _precision(
+    batch: object, autocast: torch.dtype | None
+) -> contextlib.AbstractContextManager:
+    """Make the block that forward and loss run in; meta tensors are cast as a CPU's."""
+    if autocast is None:
+        return contextlib.nullcontext()
+    on_gpu = any(tensor.is_cuda for tensor in tensors_in(batch))
+    return torch.autocast("cuda" if on_gpu else "cpu", dtype=autocast)
+
+
+def _total(output: object) -> torch.Tensor:
+    """Sum an output; of several, what the model calls its loss, or all of them."""
+    if isinstance(output, torch.Tensor):
+        return torch.sum(output)
+    if isinstance(output, dict) and output.get("loss") is not None:
+        return output["loss"]
+    tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+    if not tensors:
+        raise ValueError("there is nothing in the output that requires a gradient")
+    return torch.stack([torch.sum(tensor) for tensor in tensors]).sum()
+
+
+def _cross_entropy(output: object, target: torch.Tensor) -> torch.Tensor:
+    """Take cross-entropy of the first output; classes may come last, as words do."""
+    output = next(tensors_in(output))
+    classes_second = (output.shape[0], *output.shape[2:])
+    if target.shape != classes_second and target.shape == output.shape[:-1]:
+        output, target = output.flatten(0, -2), target.flatten()
+    return nn.functional.cross_entropy(output, target)
+
+
+def time_step_ms(step: Callable[[], object], device: str) -> float:
+    """Time one step: by CUDA events on a GPU, by the clock on a CPU."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    started = time.perf_counter()
+    step()
+    return (time.perf_counter() - started) * 1000
+
+
+def _misfit(error: Exception, model: nn.Module, x: object, targets: tuple) -> str:
+    """Say which layer refused the batch, and why."""
+    if isinstance(error, ContextFault | NoSegment):
+        return str(error)
+    where = failing_layer(error, model) or "the loss"
+    shapes = " and target ".join(_shapes(part) for part in (x, *targets))
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    if policy_failed(error):
+        kind = type(error).__name__
+        return (
+            f"the policy of context_fn fails at {where}, {kind}: {reason}; it is "
+            "called as policy(ctx, op, *args, **kwargs)"
+        )
+    stuck = next(_calling_another(model), None) if "device" in reason else None
+    if stuck is not None:
+        return (
+            f"the forward of {repr(stuck) if stuck else 'the model'} is a function "
+            "that refers to the model, so that its copy, which is run here, calls the "
+            "original; store types.MethodType(function, module) there, or give a "
+            "function that makes the model"
+        )
+    if "meta tensor" in reason:
+        return (
+            f"{where} looks at values, and a prediction has none ({reason}); measure it"
+        )
+    return f"a batch of shape {shapes} does not fit this model at {where}: {reason}"
+
+
+def _calling_another(model: nn.Module) -> Iterator[str]:
+    """Name modules on which a function is stored that refers to another model.
+
+    Copies of a model share such functions, and what these refer to is not copied.
+    """
+    own = {*map(id, model.modules())}
+    for name, module in model.named_modules():
+        forward = vars(module).get("forward")
+        for function in (forward, *getattr(forward, "args", ())):  # in a checkpoint
+            if inspect.isfunction(function):
+                scope = inspect.getclosurevars(function)
+                values = [*scope.nonlocals.values(), *scope.globals.values()]
+                owners = [getattr(value, "__self__", value) for value in values]
+                if any(isinstance(o, nn.Module) and id(o) not in own for o in owners):
+                    yield name
+
+
+def failing_layer(error: Exception, model: nn.Module) -> str:
+    """Name the innermost module on an error's traceback; nothing if there is none."""
+    names = {id(module): name for name, module in model.named_modules()}
+    where, trace = "", error.__traceback__
+    while trace:
+        name = names.get(id(trace.tb_frame.f_locals.get("self")))
+        if name is not None:
+            where = f"layer {name!r}" if name else "its own forward"
+        trace = trace.tb_next
+    return where
+
+
+def _shapes(part: object) -> str:
+    """Say the shape of a tensor; of a dict, each one with its name."""
+    if isinstance(part, dict):
+        return ", ".join(f"{name}: {_shapes(value)}" for name, value in part.items())
+    return str(tuple(getattr(part, "shape", ())))

@@ -1,0 +1,160 @@
+"""Choose which layers to checkpoint, in which segments, for a budget of bytes.
+
+The problem has a knapsack in it, so that no method is fast on every chain; but labels
+that no other beats stay few on chains of layers, and the answers are exact.
+"""
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+
+import torch
+from torch import nn
+
+from helpers.checkpointing import Plan
+from helpers.measure import StepReport, predict
+from helpers.planner._fronts import Front, find_fronts, one_thread
+from helpers.planner.chain import NEVER, Chain, Stage, on_cpu
+from helpers.planner.profiling import profile
+from helpers.units import format_bytes
+
+__all__ = [
+    "Chain",
+    "InfeasibleBudget",
+    "Stage",
+    "best_plan",
+    "least_peak_bytes",
+    "pareto",
+    "plan_for",
+    "profile",
+]
+
+LONG, ROUGH_GAP = 200, 0.25  # stages from which on a rough plan comes first
+
+
+class InfeasibleBudget(ValueError):
+    """No plan fits the budget; ``minimum_bytes`` is the least that one does."""
+
+    def __init__(self, budget_bytes: int, minimum_bytes: int) -> None:
+        super().__init__(
+            f"no plan fits into {format_bytes(budget_bytes)} ({budget_bytes:,} B); the "
+            f"least that works is {format_bytes(minimum_bytes)} ({minimum_bytes:,} B)"
+        )
+        self.minimum_bytes = minimum_bytes
+
+
+@one_thread()
+def best_plan(chain: Chain, budget_bytes: int, *, gap: float = 0.0) -> Plan:
+    """Find the plan of least recompute cost whose peak fits the budget.
+
+    Of plans that cost the same it is one of the lowest peak, and of those one with the
+    fewest segments.
+
+    Args:
+        gap: 0.01 for a plan that costs at most 1 % more than the best, found sooner
+            in a long chain: its cost / 1.01 bounds the cost of every plan that fits.
+
+    Raises:
+        InfeasibleBudget: if no plan fits; says what is the least that does.
+    """
+    least = least_peak_bytes(chain)
+    if budget_bytes < least:
+        raise InfeasibleBudget(budget_bytes, least)
+    room_bytes, most = budget_bytes - chain.static_bytes, NEVER
+    if len(chain) > LONG:  # a rough plan bounds the cost of what to look at
+        rough = int(find_fronts(chain, room_bytes, ROUGH_GAP)[0].cost[-1])
+        rough += len(chain) - rough % (len(chain) + 1)  # with any number of segments
+        most = math.ceil(rough * Fraction(1 + gap))
+    fronts = find_fronts(chain, room_bytes, gap, most)
+    return _plan_of(chain, fronts, _distinct(chain, fronts[0])[-1])
+
+
+@one_thread()
+def pareto(
+    chain: Chain, points: int | None = None, *, gap: float = 0.0
+) -> list[tuple[int, float, Plan]]:
+    """Find the plans that no other beats: (peak_bytes, recompute_cost, plan).
+
+    They come in order of their peaks, the last one at no cost.
+
+    Args:
+        points: how many budgets to plan for, evenly spaced from the least peak to the
+            one at no cost; default: all plans on the front.
+        gap: as in ``best_plan``.
+    """
+    fronts = find_fronts(chain, NEVER, gap)
+    places, needs = _distinct(chain, fronts[0]), fronts[0].need
+    if points is not None and points < len(places):
+        low, high = needs[places[0]].item(), needs[places[-1]].item()
+        step = (high - low) / max(points - 1, 1)
+        budgets = on_cpu(low + round(step * point) for point in range(points))
+        found = torch.searchsorted(needs[places], budgets, right=True) - 1
+        places = [places[place] for place in sorted({*found.tolist()})]
+    fronts = [front._replace(end=front.end.tolist()) for front in fronts]
+    fronts = [front._replace(label=front.label.tolist()) for front in fronts]
+    plans = [_plan_of(chain, fronts, place) for place in places]
+    peaks = (needs[places] + chain.static_bytes).tolist()
+    return [
+        (peak, chain.recompute_cost(plan), plan)
+        for peak, plan in zip(peaks, plans, strict=True)
+    ]
+
+
+def plan_for(
+    model: nn.Module | Callable[[], nn.Module],
+    batch: object,
+    budget_bytes: int,
+    *,
+    parent: str | None = None,
+    **settings,
+) -> StepReport:
+    """Find a plan whose dry run fits the budget; the report holds the plan.
+
+    The arithmetic of a chain does not know what a model does with its layers' outputs
+    besides; where it was too low for a plan, the search goes on below that plan.
+
+    Args:
+        settings: of ``profile`` and of ``predict``.
+
+    Raises:
+        InfeasibleBudget: if no plan fits, by the arithmetic.
+    """
+    chain = profile(model, batch, parent=parent, **settings)
+    room_bytes = budget_bytes
+    while True:
+        plan = best_plan(chain, room_bytes)
+        report = predict(model, batch, plan, **settings)
+        if report.peak_bytes <= budget_bytes:
+            return report
+        room_bytes = chain.peak_bytes(plan) - 1
+
+
+def least_peak_bytes(chain: Chain) -> int:
+    """Find the lowest peak of all plans."""
+    after = [chain.loss_need(False)]
+    ending = [NEVER] * len(chain)
+    for first in reversed(range(len(chain))):
+        loss = first + 1 == len(chain)
+        ending[first] = chain.loss_need(True) if loss else after[-1]
+        held = chain.segment_held[first] + on_cpu(ending)
+        segments = torch.maximum(chain.segment_needs[first], held)
+        kept = max(chain.kept_needs[first], after[-1] + chain.kept[first])
+        after.append(min(kept, int(segments.min())))
+    return max(chain.static_bytes + after[-1], chain.other_peak_bytes)
+
+
+def _distinct(chain: Chain, front: Front) -> list[int]:
+    """List the labels that cost less than those before, segments not counted."""
+    costs = (front.cost // (len(chain) + 1)).tolist()
+    return [i for i, cost in enumerate(costs) if not i or cost < costs[i - 1]]
+
+
+def _plan_of(chain: Chain, fronts: list[Front], label: int) -> Plan:
+    """Follow a label from the first stage to the last."""
+    segments, first = [], 0
+    while first < len(chain):
+        end, label = int(fronts[first].end[label]), int(fronts[first].label[label])
+        if end > 0:
+            segments.append((first, end - 1))
+        first = abs(end)
+    return chain.plan(segments)

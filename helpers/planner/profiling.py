@@ -1,0 +1,151 @@
+"""Find the numbers of a chain's stages from dry runs of one training step.
+
+Nothing is checkpointed in one run, each stage alone in the next, and as many together
+as can be in the last. Between them they show what the arithmetic of ``helpers.chain``
+asks for: what is alive where a stage begins and ends, forward and backward, and what
+recomputing it needs at the start, inside and at the end of a segment.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from helpers.checkpointing import Plan, checkpointed, follows, listed_after
+from helpers.dry_run import (
+    RememberedShapes,
+    kernels_of,
+    like_cuda,
+    meta_batch,
+    meta_model,
+)
+from helpers.measure import Loss, training_step
+from helpers.planner._marks import BEFORE, MarkedStep
+from helpers.planner._stage_bytes import Reader
+from helpers.planner._stage_times import stage_times_ms
+from helpers.planner.chain import Chain
+from helpers.timeline import Tracker, state_tensors, tensors_in
+
+_shapes = RememberedShapes()
+
+
+def profile(
+    model: nn.Module | Callable[[], nn.Module],
+    batch: object,
+    *,
+    parent: str | None = None,
+    loss: Loss | None = None,
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    device: str = "cuda",
+    measured: bool = False,
+) -> Chain:
+    """Find what each layer of a chain needs and costs.
+
+    Args:
+        model, batch, loss, optimizer, device: as in ``predict``.
+        parent: the ``nn.Sequential`` or ``nn.ModuleList`` whose children are the
+            stages, by its dotted name; default: see ``chain_parent``.
+        measured: whether the costs are milliseconds, measured on the device, and not
+            FLOPs. The bytes come from dry runs in any case.
+
+    Raises:
+        ValueError: if the model holds no chain, or its layers do not feed each other.
+    """
+    meta = meta_model(model)
+    parent = chain_parent(meta) if parent is None else parent
+    prefix = f"{parent}." * bool(parent)
+    names = [prefix + name for name in meta.get_submodule(parent)._modules]
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(device):
+        chain = _dry_runs(meta, meta_batch(batch), names, loss, optimizer, device)
+    if not measured:
+        return chain
+    real = model if isinstance(model, nn.Module) else model()
+    starting = [stage.name for stage in chain.stages if stage.starts]
+    times = {BEFORE: (0.0, 0.0)} | stage_times_ms(
+        real, batch, names, starting, loss=loss, device=device
+    )
+    stages = [
+        dataclasses.replace(
+            stage, recompute_cost=times[stage.name][0], last_recompute_cost=last
+        )
+        for stage in chain.stages
+        for last in [min(times[stage.name])]
+    ]
+    return dataclasses.replace(chain, stages=tuple(stages), cost_unit="ms")
+
+
+def _dry_runs(
+    model: nn.Module,
+    batch: object,
+    names: list[str],
+    loss: Loss | None,
+    optimizer: Callable[..., torch.optim.Optimizer] | None,
+    device: str,
+) -> Chain:
+    """Run the three dry runs, and read the chain off them."""
+    made = optimizer(model.parameters()) if optimizer else None
+    if made and device == "cuda":
+        like_cuda(made)
+    step = training_step(model, batch, loss, made)
+    devices = frozenset(("meta",) if device == "cuda" else ("meta", "cpu"))
+
+    def watch(plan: Plan, joined: bool = False) -> MarkedStep:
+        marked = MarkedStep(names, Tracker(model, devices, _shapes), joined)
+        marked.tracker.expect("input", tensors_in(batch))
+        if made:
+            marked.tracker.expect("optimizer_state", state_tensors(made))
+        with checkpointed(model, plan):
+            marked.record(step, model)
+        return marked
+
+    if made:
+        watch(Plan())  # makes the optimizer's state
+    plain = watch(Plan())
+    starting = [name for name in names if name not in plain.in_place]
+    alone_plan, joined_plan = Plan.alone(starting), _joined(model, plain, starting)
+    alone = watch(alone_plan)
+    try:
+        joined = watch(joined_plan, joined=True)
+    except ValueError:  # a ModuleList whose owner does more than feed one to the next
+        joined, joined_plan = alone, alone_plan
+    chain = Reader(model, batch, plain, alone, joined, joined_plan).chain()
+    model.zero_grad(set_to_none=True)
+    return chain
+
+
+def chain_parent(model: nn.Module) -> str:
+    """Name the module whose children are the chain: the model or the longest inside.
+
+    Raises:
+        ValueError: if there is none with two children or more.
+    """
+    found = {
+        name: len(module._modules)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        or type(module).forward is nn.Sequential.forward
+    }
+    longest = "" if "" in found else max(found, key=found.get, default="")
+    if longest not in found or found[longest] < 2 and longest:
+        raise ValueError(
+            f"{type(model).__name__} holds no chain: no nn.Sequential or nn.ModuleList "
+            "of two layers or more"
+        )
+    return longest
+
+
+def _joined(model: nn.Module, plain: MarkedStep, starting: list[str]) -> Plan:
+    """Join neighbours into segments as long as can be."""
+    segments: list[tuple[str, ...]] = []
+    for before, name in zip(["", *plain.names], plain.names, strict=False):
+        if (
+            segments
+            and before == segments[-1][-1]
+            and before not in plain.used_elsewhere
+            and (follows(model, before, name) or listed_after(model, before, name))
+        ):
+            segments[-1] += (name,)
+        elif name in starting:
+            segments.append((name,))
+    return Plan(tuple(segments))

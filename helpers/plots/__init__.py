@@ -1,0 +1,39 @@
+"""The workbook's pictures: each function draws one thing on one axes.
+
+What finds recorded numbers, to be drawn beside what is predicted, is at hand as well.
+"""
+
+from helpers.plots._axes import COLORS, INK, LINES
+from helpers.plots.comparison import plot_comparison
+from helpers.plots.peaks import plot_peaks, plot_times
+from helpers.plots.series import (
+    plot_agreement,
+    plot_frontier,
+    plot_lines,
+    plot_ranks,
+    plot_runs,
+)
+from helpers.plots.style import use_style
+from helpers.plots.timeline import plot_timeline, timeline_length
+from helpers.plots.tradeoff import extra_work, plot_tradeoff
+from helpers.recording.recorded import find_recorded
+
+__all__ = [
+    "COLORS",
+    "INK",
+    "LINES",
+    "extra_work",
+    "find_recorded",
+    "plot_agreement",
+    "plot_comparison",
+    "plot_frontier",
+    "plot_lines",
+    "plot_peaks",
+    "plot_ranks",
+    "plot_runs",
+    "plot_timeline",
+    "plot_times",
+    "plot_tradeoff",
+    "timeline_length",
+    "use_style",
+]

@@ -1,0 +1,41 @@
+"""The picture of a comparison: predicted bytes against measured ones, and the error."""
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+
+from helpers.plots._axes import INK, QUIET, RECORDED, memory_unit
+from helpers.recording.compare import Comparison
+
+
+def plot_comparison(ax: Axes, comparisons: Sequence[Comparison]) -> None:
+    """Draw a grey dot for each case, as recorded, on the line where both are equal.
+
+    Cases whose error is not 0 have a dark rim, and the largest error is named.
+    """
+    measured = [one.measured_bytes for one in comparisons]
+    predicted = [one.predicted_bytes for one in comparisons]
+    size, unit = memory_unit(max(measured))
+    ends = [0.5 * min(measured) / size, 2 * max(measured) / size]
+    ax.plot(ends, ends, color=QUIET, lw=0.8, zorder=1)
+    for is_exact in (True, False):
+        points = [
+            (x / size, y / size)
+            for x, y in zip(measured, predicted, strict=True)
+            if (x == y) == is_exact
+        ]
+        rim = RECORDED if is_exact else INK
+        ax.plot(*zip(*points or [((), ())], strict=True), "o", mfc=RECORDED, mec=rim)
+    ax.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+    ax.set_xlabel(f"measured peak, {unit}")
+    ax.set_ylabel(f"predicted, {unit}")
+    worst = max(comparisons, key=lambda one: abs(one.error))
+    if worst.error_bytes:
+        ax.annotate(
+            f"{worst.error_bytes:+,} B ({100 * worst.error:+.3f} %)",
+            (worst.measured_bytes / size, worst.predicted_bytes / size),
+            (8, -8),
+            textcoords="offset points",
+            va="top",
+            color=INK,
+        )

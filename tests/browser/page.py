@@ -1,0 +1,288 @@
+"""A real JupyterLab in a real browser, and the lab's panel as a reader works it."""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+from PIL import Image
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+
+from helpers.checkpointing import Plan
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+PATIENCE_MS = 30_000  # no test waits for so long unless it fails
+
+
+def find_browser() -> str | None:
+    """Return the path of a Chromium or Chrome on this machine, or None."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if path := shutil.which(name):
+            return path
+    return None
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Browser]:
+    """Start the machine's browser, headless and with a profile of its own."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=find_browser(), args=list(FLAGS)
+        )
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@contextlib.contextmanager
+def jupyter_lab(home: Path) -> Iterator[str]:
+    """Serve ``home/root`` by JupyterLab, away from the reader's settings; its URL."""
+    (home / "root").mkdir(exist_ok=True)
+    page_config = home / "config" / "labconfig" / "page_config.json"
+    page_config.parent.mkdir(parents=True)
+    news = {"@jupyterlab/apputils-extension:announcements": True}
+    page_config.write_text(json.dumps({"disabledExtensions": news}))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", f"--port={port}"]
+    command += ["--ServerApp.port_retries=0", "--IdentityProvider.token="]
+    command += ["--LabApp.expose_app_in_browser=True"]
+    command += [f"--ServerApp.root_dir={home / 'root'}"]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--allow-root")
+    with open(home / "log.txt", "w") as log:
+        server = subprocess.Popen(
+            command, env=_environment(home), stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait_for(url, server, home / "log.txt")
+            yield url
+        finally:
+            server.terminate()  # it ends its kernels
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+def _environment(home: Path) -> dict[str, str]:
+    """Point Jupyter away from the reader's own files, and ``helpers`` at this tree."""
+    own = {key: value for key, value in os.environ.items() if "JUPYTER" not in key}
+    return own | {
+        "JUPYTER_CONFIG_DIR": str(home / "config"),
+        "JUPYTER_DATA_DIR": str(home / "data"),
+        "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
+        "IPYTHONDIR": str(home / "ipython"),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",  # the browser needs a core as well
+    }
+
+
+def _wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
+    for _ in range(300):
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"{url}/api/status", timeout=5).close()
+            return
+        if server.poll() is not None:
+            break
+        time.sleep(0.2)
+    raise RuntimeError(f"JupyterLab did not start:\n{log.read_text()}")
+
+
+def write_notebook(path: Path, *sources: str) -> None:
+    """Write a notebook of these code cells."""
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)"}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, path)
+
+
+def open_notebook(browser: Browser, url: str, path: str) -> Page:
+    """Open a notebook in a page of its own, and wait until its kernel is there."""
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.set_default_timeout(PATIENCE_MS)
+    page.goto(f"{url}/lab/tree/{path}?reset")
+    page.wait_for_function(
+        """() => {
+          const panel = window.jupyterapp?.shell?.currentWidget;
+          return panel?.sessionContext?.session?.kernel?.status === "idle";
+        }"""
+    )
+    return page
+
+
+def run_all(page: Page) -> None:
+    """Run all cells, as the Run menu does, and wait until the last one is done."""
+    page.evaluate("() => jupyterapp.commands.execute('notebook:run-all-cells')")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A ``LayerLab`` on a page, as a reader sees and works it."""
+
+    page: Page
+    number: int = 0  # among the page's panels
+
+    @property
+    def root(self) -> Locator:
+        return self.page.locator(".layer-lab").nth(self.number)
+
+    @property
+    def image(self) -> Locator:
+        return self.root.locator(".layer-lab-picture img")
+
+    @property
+    def readout(self) -> Locator:
+        return self.root.locator(".layer-lab-readout")
+
+    @property
+    def status(self) -> Locator:
+        return self.readout.locator("[role=status]")
+
+    def box(self, name: str) -> Locator:
+        """Find a layer's box by the name that a screen reader says."""
+        return self.root.get_by_role("checkbox", name=name, exact=True)
+
+    def join(self, name: str) -> Locator:
+        """Find the toggle that joins a layer with the one before."""
+        box = self.page.get_by_role("checkbox", name=name, exact=True)
+        return self.rows().filter(has=box).locator(".widget-toggle-button")
+
+    def button(self, name: str) -> Locator:
+        return self.root.get_by_role("button", name=name, exact=True)
+
+    def setting(self, name: str) -> Locator:
+        return self.root.get_by_label(name, exact=True)
+
+    def rows(self) -> Locator:
+        """Find the layers' rows: the smallest boxes with a checkbox in them."""
+        return self.root.locator(".widget-hbox:has(> .widget-checkbox)")
+
+    def plan(self) -> Plan:
+        """Read the plan off the boxes and joins."""
+        segments: list[tuple[str, ...]] = []
+        for name, ticked, joined in self.rows().evaluate_all(_READ_ROWS):
+            if ticked and joined:
+                segments[-1] += (name,)
+            elif ticked:
+                segments.append((name,))
+        return Plan(tuple(segments))
+
+    def sentence(self) -> str:
+        """Return what the panel says, without the note in its second line."""
+        return self.status.evaluate("status => status.firstChild.textContent")
+
+    def picture(self) -> Image.Image:
+        """Decode the picture that is shown."""
+        source = self.image.get_attribute("src")
+        data = base64.b64decode(re.sub("^data:image/png;base64,", "", source))
+        return Image.open(io.BytesIO(data)).convert("RGBA")
+
+    def wait_for(self, finding: str) -> None:
+        """Wait until both the sentence and the picture say this."""
+        expect(self.image).to_have_attribute("alt", finding, timeout=PATIENCE_MS)
+        expect(self.status).to_contain_text(finding, timeout=PATIENCE_MS)
+
+    def flip_ms(self, name: str) -> float:
+        """Click a layer's box; time it until another picture has been painted."""
+        box = self.box(name).element_handle()
+        return self.root.evaluate(_FLIP, box)
+
+    def watch(self) -> None:
+        """Start to look at the picture in every frame, and at every sentence."""
+        self.root.evaluate(_WATCH)
+
+    def watched(self) -> dict:
+        """Stop; return how many frames there were, the faults in them, and what was
+        shown in turn: sentences, and pictures by their length."""
+        return self.root.evaluate("panel => panel.stopWatching()")
+
+
+# A join is in force when both layers are ticked, which is when it can be clicked.
+_READ_ROWS = """rows => rows.map(row => {
+  const box = row.querySelector("input[type=checkbox]");
+  const join = row.querySelector(".widget-toggle-button");
+  const joined = !!join && !join.disabled && join.classList.contains("mod-active");
+  return [box.parentElement.textContent, box.checked, joined];
+})"""
+
+# What is asked of a frame runs before its paint: when the second one comes, the new
+# picture's frame is over.
+_FLIP = """async (panel, box) => {
+  const picture = () => panel.querySelector(".layer-lab-picture img");
+  const frame = () => new Promise(requestAnimationFrame);
+  const before = picture().src, started = performance.now();
+  box.click();
+  while (!picture() || picture().src === before) {
+    if (performance.now() - started > 10000) throw Error("no other picture");
+    await frame();
+  }
+  await picture().decode();
+  await frame();
+  await frame();
+  return performance.now() - started;
+}"""
+
+# Looks before each paint, and at each sentence. A sentence in a colour is an error.
+_WATCH = """panel => {
+  const seen = {frames: 0, faults: [], sentences: [], pictures: []};
+  const find = selector => panel.querySelector(selector);
+  const noteNew = (list, value) => list.at(-1) === value || list.push(value);
+  let layout = null;
+  const fault = img => {
+    if (!img) return "no picture";
+    if (!img.complete || img.naturalWidth === 0) return "picture not loaded";
+    const {width, height} = img.getBoundingClientRect();
+    const size = `${width} x ${height}`;
+    if (size !== (layout ??= size)) return `size ${size}, not ${layout}`;
+  };
+  const read = () => {
+    const status = find(".layer-lab-readout [role=status]");
+    const sentence = status?.firstChild?.textContent ?? "";
+    if (!sentence) seen.faults.push("no sentence");
+    else if (status.style.color !== "inherit") seen.faults.push(sentence);
+    noteNew(seen.sentences, sentence);
+  };
+  const look = () => {
+    const img = find(".layer-lab-picture img");
+    const found = fault(img);
+    if (found) seen.faults.push(found);
+    noteNew(seen.pictures, img?.src.length);
+    seen.frames += 1;
+    frame = requestAnimationFrame(look);
+  };
+  const reader = new MutationObserver(read);
+  const everything = {childList: true, subtree: true, characterData: true};
+  reader.observe(find(".layer-lab-readout"), everything);
+  let frame = requestAnimationFrame(look);
+  panel.stopWatching = () => {
+    cancelAnimationFrame(frame);
+    reader.disconnect();
+    return seen;
+  };
+}"""

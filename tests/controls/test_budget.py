@@ -1,0 +1,278 @@
+"""The budget's panel: boxes follow slider and field, and hands are not fought."""
+
+import asyncio
+import base64
+import functools
+import io
+import random
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from helpers.checkpointing import Plan
+from helpers.controls import BudgetLab
+from helpers.controls._picture import HEIGHT, SCALE, WIDTH
+from helpers.measure import StepReport, predict
+from helpers.models import MLP, DocsMLP, uniform_mlp
+from helpers.planner import best_plan
+from helpers.units import format_bytes
+from tests.controls.test_controls import front_end_click
+
+WIDTHS, ROWS = [64, 128, 128, 32, 128, 64], 8192
+NAMES = tuple(f"layer{i}" for i in range(1, len(WIDTHS)))
+MIB = 2**20
+
+
+def chain() -> nn.Sequential:
+    return MLP(WIDTHS, "gelu")
+
+
+def small_panel() -> BudgetLab:
+    return BudgetLab(chain, batch=ROWS)
+
+
+def every_plan(names: tuple[str, ...]):
+    yield ()
+    for start in range(len(names)):
+        for end in range(start + 1, len(names) + 1):
+            for rest in every_plan(names[end:]):
+                yield (names[start:end], *rest)
+
+
+@functools.cache
+def every_report() -> dict[Plan, StepReport]:
+    x = torch.empty(ROWS, WIDTHS[0], device="meta")
+    plans = map(Plan, every_plan(NAMES))
+    return {plan: predict(chain, x, plan) for plan in plans}
+
+
+def cost_of(budget_bytes: int) -> int:
+    """Find what the cheapest plan recomputes that fits, by trying them all."""
+    reports = every_report().values()
+    return min(r.recompute_flops for r in reports if r.peak_bytes <= budget_bytes)
+
+
+def least_bytes() -> int:
+    return min(report.peak_bytes for report in every_report().values())
+
+
+def test_it_opens_without_checkpointing_at_the_end_of_the_slider():
+    panel = small_panel()
+    peak = every_report()[Plan()].peak_bytes
+    assert panel.plan == Plan()
+    assert panel.slider.value == panel.slider.max == len(panel.front) - 1
+    assert panel.budget_bytes == peak
+    assert f"peaks at {format_bytes(peak)}, step ±0 % FLOPs" in panel.budget_finding
+
+
+def test_each_step_of_the_slider_is_a_plan_that_no_other_beats():
+    panel, budgets = small_panel(), []
+    for place in range(panel.slider.max + 1):
+        panel.slider.value = place
+        report = every_report()[panel.plan]
+        assert report.recompute_flops == cost_of(report.peak_bytes)
+        assert f"peaks at {format_bytes(report.peak_bytes)}" in panel.budget_finding
+        assert 0 <= panel.budget_bytes - report.peak_bytes <= MIB / 10
+        assert panel.field.value * MIB == pytest.approx(panel.budget_bytes, abs=1)
+        assert panel.slider.value == place
+        budgets.append(panel.budget_bytes)
+    assert len(budgets) > 4 and budgets == sorted(set(budgets))
+    costs = {cost_of(report.peak_bytes) for report in every_report().values()}
+    assert len(budgets) == len(costs)  # none is left out
+
+
+def test_the_boxes_show_the_cheapest_plan_that_fits_any_budget():
+    panel, chance = small_panel(), random.Random(0)
+    for _ in range(20):
+        budget = chance.randint(least_bytes(), every_report()[Plan()].peak_bytes)
+        panel.budget_bytes = budget
+        report = every_report()[panel.plan]
+        assert report.peak_bytes <= budget
+        assert report.recompute_flops == cost_of(budget)
+        assert panel.budget_finding.startswith(
+            f"budget {format_bytes(budget)}: the cheapest"
+        )
+
+
+def test_a_budget_may_be_typed_and_the_slider_goes_along():
+    panel = small_panel()
+    assert panel.unit.value == "MiB"
+    panel.field.value = 27.0
+    report = every_report()[panel.plan]
+    assert report.peak_bytes <= 27 * MIB
+    assert report.recompute_flops == cost_of(27 * MIB)
+    below, above = panel.front[panel.slider.value : panel.slider.value + 2]
+    assert below[0] <= 27 * MIB < above[0]
+    assert panel.field.value == 27.0
+
+
+@pytest.mark.parametrize("typed", [1.0, 0.0, -5.0])
+def test_where_nothing_fits_the_least_that_works_is_said_and_offered(typed):
+    panel = small_panel()
+    panel.slider.value = 1
+    before = panel.plan
+    panel.field.value = typed
+    least = format_bytes(least_bytes())
+    assert f"no plan fits; the least that works is {least}" in panel.budget_finding
+    assert panel.budget_finding in panel.verdict.value
+    assert panel.plan == before
+    assert panel.least.description == f"least: {least}"
+    panel.least.click()
+    assert every_report()[panel.plan].peak_bytes == least_bytes()
+    assert panel.slider.value == 0
+    assert f"peaks at {least}" in panel.budget_finding
+
+
+def test_a_flip_by_hand_moves_neither_slider_nor_field():
+    panel = small_panel()
+    panel.slider.value = 0
+    typed, budget = panel.field.value, panel.budget_bytes
+    panel.boxes[panel.plan.names[0]].value = False
+    report = every_report()[panel.plan]
+    over = format_bytes(report.peak_bytes - budget)
+    assert f"by hand, peak {format_bytes(report.peak_bytes)} is {over} too" in (
+        panel.budget_finding
+    )
+    panel.slider.value = place = panel.slider.max
+    panel.boxes["layer2"].value = True
+    assert "by hand" in panel.budget_finding and " fits, step +" in panel.budget_finding
+    assert panel.slider.value == place
+    assert (panel.field.value, panel.budget_bytes) != (typed, budget)
+    panel.boxes["layer2"].value = False
+    assert "by hand" not in panel.budget_finding
+
+
+def test_other_settings_make_another_front_and_the_budget_stays():
+    panel = BudgetLab(batch=256, settings={"depth": 5, "width": 64})
+    panel.budget_bytes = budget = (panel.front[0][0] + panel.front[-1][0]) // 2
+    before, plan = panel.front, panel.plan
+    panel.controls["depth"].value = 7
+    assert panel.front != before and panel.plan != plan
+    assert panel.budget_bytes == budget
+    assert panel.history[-1].peak_bytes <= budget
+    assert panel.slider.max == len(panel.front) - 1
+    panel.controls["batch"].value = 2**16
+    assert "no plan fits" in panel.budget_finding
+    panel.controls["batch"].value = 256
+    assert "the cheapest plan that fits" in panel.budget_finding
+
+
+def test_other_settings_leave_boxes_that_were_flipped_by_hand():
+    panel = BudgetLab(batch=256, settings={"depth": 5, "width": 64})
+    panel.boxes["layer2"].value = True
+    panel.controls["depth"].value = 4
+    assert panel.plan == Plan.alone(["layer2"])
+    assert "by hand" in panel.budget_finding
+
+
+def test_a_wrong_setting_is_said_by_the_lab_and_the_front_stays():
+    panel = BudgetLab(batch=256, settings={"depth": 3, "width": 64})
+    before = panel.front
+    panel.controls["depth"].value = 0
+    assert "depth must be" in panel.readout.value
+    panel.slider.value = 0
+    assert panel.front is before
+    assert panel.plan == before[0][2]
+
+
+def test_a_model_without_layers_is_said_and_nothing_raises():
+    panel = BudgetLab(nn.Linear(4, 4), torch.ones(2, 4))
+    assert "no layers to tick" in panel.readout.value
+    panel.field.value = 27.0
+    assert panel.front == []
+
+
+def test_a_model_that_is_no_chain_is_said_and_its_boxes_still_work():
+    panel = BudgetLab(DocsMLP, 32)
+    assert "DocsMLP" in panel.verdict.value
+    assert panel.slider.disabled and panel.field.disabled and panel.least.disabled
+    panel.budget_bytes = 10**9
+    panel.boxes["layer2"].value = True
+    assert panel.finding.startswith("layer 2 alone")
+    assert "DocsMLP" in panel.verdict.value
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_front_is_that_of_the_lab_s_device_and_loss(device):
+    def mean(output: torch.Tensor) -> torch.Tensor:
+        return (output**2).mean()
+
+    settings = {"depth": 3, "width": 64, "dropout": 0.1}
+    panel = BudgetLab(uniform_mlp, 256, settings, device=device, loss=mean)
+    x = torch.empty(256, 64, device="meta")
+    for peak_bytes, _, plan in panel.front:
+        report = predict(
+            lambda: uniform_mlp(**settings), x, plan, loss=mean, device=device
+        )
+        assert report.peak_bytes == peak_bytes
+    assert len(panel.front) > 2
+
+
+def test_without_widgets_there_is_a_picture_and_a_sentence():
+    panel = small_panel()
+    bundle = panel._repr_mimebundle_()
+    assert bundle["text/plain"] == panel.budget_finding
+    assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == (
+        panel.model_id
+    )
+    image = Image.open(io.BytesIO(base64.b64decode(bundle["image/png"])))
+    assert image.size == (WIDTH * SCALE, HEIGHT * SCALE)
+
+
+def test_a_drag_from_other_threads_is_answered_once_where_it_ends():
+    async def drag() -> tuple[BudgetLab, list]:
+        panel, drawn = BudgetLab(chain, batch=ROWS), []
+        panel.picture.observe(lambda _: drawn.append(panel.plan), "value")
+        for place in (3, 2, 1, 0, 1):
+            front_end_click(panel.slider, value=place)
+        assert not drawn  # the cell is still running
+        await asyncio.sleep(0)
+        return panel, drawn
+
+    panel, drawn = asyncio.run(drag())
+    assert drawn == [panel.front[1][2]]
+    assert panel.slider.value == 1
+    assert every_report()[panel.plan].peak_bytes <= panel.budget_bytes
+
+
+def test_a_move_in_the_middle_of_an_answer_is_not_taken_back():
+    async def move() -> BudgetLab:
+        panel = BudgetLab(chain, batch=ROWS)
+        moves = iter([1])
+
+        def once(_) -> None:
+            for place in moves:
+                front_end_click(panel.slider, value=place)
+
+        panel.picture.observe(once, "value")
+        front_end_click(panel.field, value=24.5)
+        await asyncio.sleep(0.2)
+        return panel
+
+    panel = asyncio.run(move())
+    assert panel.slider.value == 1
+    assert panel.plan == panel.front[1][2]
+
+
+def test_slider_and_field_in_one_burst_the_typed_budget_counts():
+    async def both() -> BudgetLab:
+        panel = BudgetLab(chain, batch=ROWS)
+        front_end_click(panel.slider, value=0)
+        front_end_click(panel.field, value=24.5)
+        await asyncio.sleep(0.2)
+        return panel
+
+    panel = asyncio.run(both())
+    assert panel.budget_bytes == round(24.5 * MIB)
+    report = every_report()[panel.plan]
+    assert report.recompute_flops == cost_of(panel.budget_bytes)
+
+
+def test_the_slider_takes_the_cheapest_plan_for_its_budget_above_a_gib():
+    panel = BudgetLab(batch=20_000, settings={"depth": 8, "width": 1024})
+    assert panel.front[-1][0] > 2**30
+    for place in range(len(panel.front)):
+        panel.slider.value = place
+        assert panel.plan == best_plan(panel._chain, panel.budget_bytes)

@@ -1,0 +1,580 @@
+"""The lab: boxes and joins make the plan, flips are answered, failures are said."""
+
+import asyncio
+import base64
+import io
+import random
+import threading
+
+import ipywidgets as widgets
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from helpers.checkpointing import Plan
+from helpers.controls import LayerLab
+from helpers.controls._findings import describe, finding
+from helpers.controls._picture import HEIGHT, SCALE, WIDTH
+from helpers.inspection import kept_by_module
+from helpers.measure import predict
+from helpers.models import MLP, DocsMLP, uniform_mlp
+from helpers.models.architectures import GPT, Encoder, ResNet, UNet
+from helpers.units import format_bytes
+
+WIDTHS = [64] * 5
+
+
+def small_lab(**arguments) -> LayerLab:
+    return LayerLab(lambda: MLP(WIDTHS, "gelu"), batch=256, **arguments)
+
+
+def expected_finding(plan: Plan, rows: int = 256) -> str:
+    x = torch.empty(rows, 64, device="meta")
+    reports = [predict(lambda: MLP(WIDTHS, "gelu"), x, p) for p in (Plan(), plan)]
+    return finding(*reports)
+
+
+def picture_of(lab: LayerLab) -> Image.Image:
+    source = lab.picture.value.split("base64,")[1].split('"')[0]
+    return Image.open(io.BytesIO(base64.b64decode(source)))
+
+
+def front_end_click(widget, **state) -> None:
+    """Deliver a change as JupyterLab does: a message, on a thread of its own."""
+    message = {"data": {"method": "update", "state": state, "buffer_paths": []}}
+    arguments = ({"content": message, "buffers": []},)
+    thread = threading.Thread(target=widget.comm.handle_msg, args=arguments)
+    thread.start()
+    thread.join()
+
+
+def test_a_box_for_each_layer_and_a_join_for_each_but_the_first():
+    lab = small_lab()
+    assert list(lab.boxes) == ["layer1", "layer2", "layer3", "layer4"]
+    assert list(lab.joins) == ["layer2", "layer3", "layer4"]
+    assert lab.plan == Plan()
+    assert not LayerLab(DocsMLP, 32).joins  # no Sequential, so no neighbours
+
+
+def test_boxes_are_alone_until_they_are_joined():
+    lab = small_lab()
+    for name in ("layer2", "layer3", "layer4"):
+        lab.boxes[name].value = True
+    assert lab.plan == Plan.alone(["layer2", "layer3", "layer4"])
+    lab.joins["layer3"].value = True
+    assert lab.plan == Plan((("layer2", "layer3"), ("layer4",)))
+
+
+def test_a_join_counts_only_when_both_layers_are_ticked():
+    lab = small_lab()
+    lab.joins["layer3"].value = True
+    lab.boxes["layer3"].value = True
+    assert lab.plan == Plan.alone(["layer3"])
+    assert lab.joins["layer3"].disabled
+    lab.boxes["layer2"].value = True
+    assert lab.plan == Plan((("layer2", "layer3"),))
+    assert not lab.joins["layer3"].disabled
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_a_join_says_what_a_click_on_it_does(tree):
+    lab = small_lab(tree=tree)
+    assert lab.joins["layer3"].tooltip == "join layer3 to layer2"
+    lab.plan = Plan((("layer2", "layer3"),))
+    assert lab.joins["layer3"].tooltip == "part layer3 from layer2"
+    assert lab.joins["layer2"].tooltip == "join layer2 to layer1"
+
+
+def test_every_flip_says_what_predict_says():
+    lab, chance = small_lab(), random.Random(0)
+    for _ in range(20):
+        switch = chance.choice([*lab.boxes.values(), *lab.joins.values()])
+        switch.value = not switch.value
+        assert lab.finding == expected_finding(lab.plan)
+        assert lab.finding in lab.readout.value
+
+
+def test_the_plan_can_be_set_and_reads_back():
+    lab = small_lab()
+    for segments in ((("layer1", "layer2", "layer3"),), (("layer2",), ("layer3",)), ()):
+        lab.plan = Plan(segments)
+        assert lab.plan == Plan(segments)
+        assert lab.finding == expected_finding(Plan(segments))
+
+
+@pytest.mark.parametrize(
+    ("plan", "reason"),
+    [
+        (Plan.alone(["layer9"]), "layer1, layer2, layer3, layer4"),
+        (Plan.alone(["layer1.0"]), "no box for 'layer1.0'"),
+        (Plan((("layer1", "layer3"),)), "does not follow"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused_and_nothing_changes(plan, reason):
+    lab = small_lab()
+    lab.plan = Plan.alone(["layer2"])
+    with pytest.raises(ValueError, match=reason):
+        lab.plan = plan
+    assert lab.plan == Plan.alone(["layer2"])
+
+
+def test_shortcuts_set_boxes_and_joins():
+    lab = small_lab()
+    lab.shortcuts["each alone"].click()
+    assert lab.plan == Plan.alone(lab.boxes)
+    lab.shortcuts["all joined"].click()
+    assert lab.plan == Plan((tuple(lab.boxes),))
+    lab.piece.value = 3
+    lab.shortcuts["pieces"].click()
+    assert lab.plan == Plan((("layer1", "layer2", "layer3"), ("layer4",)))
+    lab.shortcuts["none"].click()
+    assert lab.plan == Plan()
+
+
+def test_the_picture_is_a_full_picture_with_the_finding_as_its_text():
+    lab = small_lab()
+    lab.plan = Plan.alone(["layer2"])
+    image = picture_of(lab)
+    assert image.size == (WIDTH * SCALE, HEIGHT * SCALE)
+    assert len(image.convert("RGBA").getcolors(10**6)) > 10
+    assert f'alt="{lab.finding}"' in lab.picture.value
+
+
+def test_the_picture_does_not_depend_on_what_was_drawn_before():
+    lab, other = small_lab(), small_lab()
+    for name in ("layer1", "layer3", "layer2"):
+        lab.boxes[name].value = True
+    lab.boxes["layer2"].value = False
+    lab._tried[lab._key()] = {p: lab._tried[lab._key()][p] for p in (Plan(), lab.plan)}
+    lab._draw()
+    other.plan = lab.plan
+    assert picture_of(lab).tobytes() == picture_of(other).tobytes()
+
+
+def test_rows_show_the_bytes_that_each_layer_keeps():
+    lab = small_lab()  # GELU keeps its input and its output: 2 × 256 × 64 × 4 B
+    assert "128.0 KiB" in lab._rows._kept["layer1"].value
+    assert "64.0 KiB" in lab._rows._kept["layer4"].value
+    lab.plan = Plan((("layer1", "layer2"),))
+    assert "keeps 0 B" in lab._rows._kept["layer1"].value
+    assert "64.0 KiB" in lab._rows._kept["layer2"].value
+
+
+def test_settings_make_another_model_and_keep_the_ticks():
+    lab = LayerLab(uniform_mlp, 64, settings={"depth": 3, "width": 32})
+    lab.plan = Plan((("layer1", "layer2"), ("layer4",)))
+    lab.controls["depth"].value = 2
+    assert list(lab.boxes) == ["layer1", "layer2", "layer3"]
+    assert lab.plan == Plan((("layer1", "layer2"),))
+    report = predict(
+        lambda: uniform_mlp(2, 32), torch.empty(64, 32, device="meta"), lab.plan
+    )
+    assert lab.history[-1] == report
+
+
+@pytest.mark.parametrize(
+    ("control", "value", "reason"),
+    [
+        ("depth", 0, "depth must be a whole number from 1 up, not 0"),
+        ("batch", -3, "batch must be a whole number from 1 up, not -3"),
+        ("width", 10**12, "width must be a whole number"),
+        ("dropout", 1.5, "dropout must be at least 0 and below 1"),
+    ],
+)
+def test_a_wrong_setting_is_said_and_taken_back(control, value, reason):
+    settings = {"depth": 3, "width": 32, "dropout": 0.0}
+    lab = LayerLab(uniform_mlp, 64, settings=settings)
+    lab.controls[control].value = value
+    assert reason in lab.readout.value
+    assert lab.settings == settings and lab.controls["batch"].value == 64
+    lab.boxes["layer2"].value = True
+    assert lab.finding.startswith("layer 2 alone") and lab.finding in lab.readout.value
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "reason"),
+    [
+        (nn.Linear(4, 4), torch.ones(2, 4), "no layers to tick"),
+        (DocsMLP(), torch.ones(2, 4), "does not fit this model at layer &#x27;layer1"),
+        (nn.Sequential(nn.Conv1d(1, 1, 1)), 8, "give a tensor as batch"),
+    ],
+)
+def test_a_model_or_batch_that_does_not_fit_is_said(model, batch, reason):
+    assert reason in LayerLab(model, batch).readout.value
+
+
+def test_a_model_and_a_batch_with_targets_may_be_given():
+    model, batch = DocsMLP(), (torch.randn(32, 1024), torch.randint(10, (32,)))
+    lab = LayerLab(model, batch)
+    lab.boxes["layer2"].value = True
+    assert lab.history[-1] == predict(model, batch, Plan.alone(["layer2"]))
+
+
+def test_measure_lands_on_the_picture_and_in_the_history():
+    lab = small_lab()
+    lab.plan = Plan((("layer1", "layer2"),))
+    predicted = lab.history[-1]
+    report = lab.measure()
+    assert report.source == "measured" and report.peak_bytes == predicted.peak_bytes
+    assert lab.history[-1] is report
+    assert "as predicted" in lab.readout.value
+    assert f"median of {report.repeats} runs" in lab.readout.value
+
+
+def test_a_step_too_large_for_this_cpu_is_refused_with_what_would_do():
+    if torch.cuda.is_available():
+        pytest.skip("a GPU measures it")
+    lab = LayerLab(uniform_mlp, 8192)
+    with pytest.raises(ValueError, match="take a batch or a width that needs at most"):
+        lab.measure()
+    assert lab.measure_button.description == "Measure"
+
+
+def test_an_interrupted_measurement_leaves_model_and_lab_as_they_were(monkeypatch):
+    model = MLP(WIDTHS, "gelu")
+    lab = LayerLab(model, torch.randn(256, 64))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    steps = 0
+
+    def interrupted(step, device):
+        nonlocal steps
+        steps += 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("helpers.measure.measured.time_step_ms", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lab.measure()
+    assert steps == 1
+    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert "forward" not in vars(model)
+    lab.boxes["layer1"].value = True
+    assert lab.finding.startswith("layer 1 alone")
+
+
+def test_without_widgets_there_is_a_picture_and_a_sentence():
+    lab = small_lab()
+    bundle = lab._repr_mimebundle_()
+    assert bundle["text/plain"] == lab.finding
+    image = Image.open(io.BytesIO(base64.b64decode(bundle["image/png"])))
+    assert image.size == (WIDTH * SCALE, HEIGHT * SCALE)
+
+
+def test_a_burst_of_clicks_from_other_threads_is_answered_once_with_the_last_state():
+    async def burst() -> tuple[LayerLab, int]:
+        lab = LayerLab(lambda: MLP(WIDTHS, "gelu"), batch=10**6)
+        drawn = 0
+        draw = lab._draw
+
+        def counted() -> None:
+            nonlocal drawn
+            drawn += 1
+            draw()
+
+        lab._draw = counted
+        for value in (True, False, True, False, True):
+            front_end_click(lab.boxes["layer2"], value=value)
+        front_end_click(lab.boxes["layer3"], value=True)
+        assert drawn == 0  # the cell is still running
+        await asyncio.sleep(0)
+        return lab, drawn
+
+    lab, drawn = asyncio.run(burst())
+    assert drawn == 1
+    assert lab.finding == expected_finding(Plan.alone(["layer2", "layer3"]), 10**6)
+
+
+def test_the_measurement_follows_by_itself_and_a_flip_ends_it():
+    async def flip_while_measuring() -> LayerLab:
+        lab = small_lab()
+        while lab.measure_button.description != "Stop":
+            await asyncio.sleep(0.01)
+        lab.boxes["layer2"].value = True
+        assert lab.measure_button.description == "Measure"  # the flip comes first
+        for _ in range(2000):
+            await asyncio.sleep(0.01)
+            if "measured on" in lab.readout.value:
+                break
+        return lab
+
+    lab = asyncio.run(flip_while_measuring())
+    assert "measured on" in lab.readout.value
+    assert [report.source for report in lab.history] == ["predicted", "measured"]
+
+
+def test_a_failure_in_a_measurement_is_said_in_the_panel(monkeypatch):
+    def fails(step, device):
+        raise torch.OutOfMemoryError("no room")
+
+    async def measure() -> LayerLab:
+        lab = small_lab()
+        monkeypatch.setattr("helpers.measure.measured.time_step_ms", fails)
+        for _ in range(2000):
+            await asyncio.sleep(0.01)
+            if "does not fit" in lab.readout.value:
+                break
+        return lab
+
+    lab = asyncio.run(measure())
+    assert "the step needs" in lab.readout.value
+    lab.boxes["layer2"].value = True
+    assert lab.finding == expected_finding(Plan.alone(["layer2"]))
+
+
+@pytest.mark.parametrize(
+    ("segments", "words"),
+    [
+        ((("layer2",),), "layer 2 alone"),
+        ((("layer2",), ("layer4",)), "layers 2, 4 each alone"),
+        ((("layer2", "layer3"),), "layers 2–3 as one segment"),
+        (
+            (("layer1", "layer2"), ("layer3", "layer4"), ("layer6",)),
+            "layers 1–2, 3–4 as segments; 6 alone",
+        ),
+        ((("stem",), ("block.conv",)), "stem, block.conv each alone"),
+        ((("blocks.2",),), "block 2 alone"),
+        (
+            (("blocks.0", "blocks.1"), ("blocks.4",)),
+            "blocks 0–1 as one segment; 4 alone",
+        ),
+        ((("0", "1"), ("3",)), "layers 0–1 as one segment; 3 alone"),
+    ],
+)
+def test_plans_are_described_as_one_would_say_them(segments, words):
+    assert describe(Plan(segments)) == words
+
+
+# A tree of modules -------------------------------------------------------------------
+
+
+def gpt_lab(blocks: int = 4, **arguments) -> LayerLab:
+    model = GPT(blocks=blocks, width=32, vocabulary=100, context=16)
+    return LayerLab(model, torch.randint(100, (2, 16)), **arguments)
+
+
+def shown_rows(lab: LayerLab) -> list[str]:
+    """Read the labels of the rows from top to bottom."""
+    boxes = [row.children[2] for row in lab._rows.children]
+    return [box.description for box in boxes]
+
+
+def fold_button(lab: LayerLab, label: str) -> widgets.Button:
+    return lab._rows.children[shown_rows(lab).index(label)].children[1]
+
+
+def test_a_model_with_depth_is_shown_as_a_tree_folded_below_its_blocks():
+    lab = gpt_lab()
+    blocks = [f"blocks.{i}" for i in range(4)]
+    assert shown_rows(lab) == ["tokens", "places", *blocks, "norm", "head"]
+    assert list(lab.joins) == blocks[1:]
+    fold_button(lab, "blocks.1").click()
+    inside = ["norm1", "attention", "norm2", "mlp", "dropout"]
+    assert shown_rows(lab)[4:9] == inside
+    fold_button(lab, "blocks.1").click()
+    assert shown_rows(lab) == ["tokens", "places", *blocks, "norm", "head"]
+
+
+def test_an_mlp_is_shown_flat_unless_a_tree_is_asked_for():
+    assert list(small_lab().boxes) == ["layer1", "layer2", "layer3", "layer4"]
+    lab = small_lab(tree=True)
+    assert shown_rows(lab) == ["layer1", "layer2", "layer3", "layer4"]
+    lab.boxes["layer1.1"].value = True
+    assert lab.plan == Plan.alone(["layer1.1"])
+
+
+def test_many_blocks_alike_are_one_row_that_ticks_them_all():
+    lab = gpt_lab(blocks=24)
+    assert shown_rows(lab) == ["tokens", "places", "blocks.0 … 23", "norm", "head"]
+    everything = lab._rows.children[2].children[2]
+    everything.value = True
+    blocks = [f"blocks.{i}" for i in range(24)]
+    assert lab.plan == Plan.alone(blocks)
+    fold_button(lab, "blocks.0 … 23").click()
+    assert len(lab._rows.children) == 5 + 24
+    lab.boxes["blocks.7"].value = False
+    assert not everything.value and len(lab.plan.segments) == 23
+    fold_button(lab, "blocks.0 … 23").click()
+    assert "23 ticked" in lab._rows._kept["blocks.0 …"].value
+    lab.shortcuts["pieces"].click()
+    assert lab.plan.segments[3] == ("blocks.6", "blocks.7") and everything.value
+    assert "12 segments" in lab._rows._kept["blocks.0 …"].value
+
+
+def test_a_tree_of_hundreds_of_modules_makes_few_widgets(monkeypatch):
+    made, open_comm = [], widgets.Widget.open
+    monkeypatch.setattr(
+        widgets.Widget, "open", lambda self: made.append(self) or open_comm(self)
+    )
+    lab = gpt_lab(blocks=60)
+    assert len(lab._inspection.layers) > 600 and len(lab._rows.children) == 5
+    assert len(made) < 200
+    made.clear()
+    fold_button(lab, "blocks.0 … 59").click()
+    # A row, a join, a fold, a box, what it keeps; of many more at once some get lost.
+    assert len(lab._rows.children) == 65 and len(made) <= 5 * 60 + 5
+
+
+def test_a_box_that_is_folded_away_is_there_when_it_is_asked_for():
+    lab = gpt_lab(blocks=24)
+    lab.boxes["blocks.7.mlp.0"].value = True
+    assert lab.plan == Plan.alone(["blocks.7.mlp.0"])
+    assert "blocks.7" in shown_rows(lab) and "mlp" in shown_rows(lab)
+    with pytest.raises(KeyError):
+        lab.boxes["blocks.99"]
+
+
+def test_the_later_tick_takes_the_place_of_what_is_around_it_or_inside():
+    lab = gpt_lab()
+    lab.boxes["blocks.1.mlp"].value = True
+    lab.boxes["blocks.1.attention"].value = True
+    lab.boxes["blocks.2"].value = True
+    assert lab.plan == Plan.alone(["blocks.1.attention", "blocks.1.mlp", "blocks.2"])
+    lab.boxes["blocks.1"].value = True
+    assert lab.plan == Plan.alone(["blocks.1", "blocks.2"])
+    assert not lab.boxes["blocks.1.mlp"].value
+    lab.boxes["blocks.2.mlp"].value = True
+    assert lab.plan == Plan.alone(["blocks.1", "blocks.2.mlp"])
+    assert not lab.boxes["blocks.2"].value
+
+
+def test_joins_and_pieces_where_a_chain_allows():
+    lab = gpt_lab()
+    lab.plan = Plan.alone(["blocks.1", "blocks.2"])
+    lab.joins["blocks.2"].value = True
+    assert lab.plan == Plan((("blocks.1", "blocks.2"),))
+    lab.shortcuts["all joined"].click()
+    assert lab.plan == Plan((tuple(f"blocks.{i}" for i in range(4)),))
+    lab.shortcuts["each alone"].click()
+    assert lab.plan == Plan.alone([f"blocks.{i}" for i in range(4)])
+    lab.shortcuts["none"].click()
+    assert lab.plan == Plan()
+    unet = LayerLab(UNet(2, 4), torch.randn(2, 3, 8, 8))
+    assert not unet.joins
+    unet.shortcuts["all joined"].click()
+    assert unet.plan == Plan.alone(["stem", "down.0", "grow.0", "up.0", "head"])
+
+
+def test_every_flip_in_a_tree_says_what_predict_says():
+    lab, chance = gpt_lab(), random.Random(0)
+    names = list(lab._inspection.layers)
+    for _ in range(15):
+        box = lab.boxes[chance.choice(names)]
+        box.value = not box.value
+        for name in lab.joins:
+            lab.joins[name].value = chance.random() < 0.5
+        reports = [predict(lab._model, lab._meta_batch, p) for p in (Plan(), lab.plan)]
+        assert lab.finding == finding(*reports)
+        assert lab.finding in lab.readout.value
+        assert {n for n in lab.boxes if lab.boxes[n].value} == set(lab.plan.names)
+
+
+def test_rows_of_a_tree_show_what_each_module_keeps_with_all_in_it():
+    lab = gpt_lab()
+    kept = lab._rows._kept
+    lab.boxes["blocks.0.mlp"].value = True
+    now = kept_by_module(lab.history[-1].timeline)
+    without = kept_by_module(lab.history[0].timeline)
+    for name in ("blocks.0", "blocks.0.mlp", "blocks.1", "head"):
+        assert f"keeps {format_bytes(now.get(name, 0))}<" in kept[name].value
+    assert now["blocks.0"] < without["blocks.0"] and "bold" in kept["blocks.0"].value
+    assert "ticked" not in kept["blocks.0"].value  # it is seen below
+    fold_button(lab, "blocks.0").click()
+    assert f"1 ticked, {format_bytes(now['blocks.0'])}" in kept["blocks.0"].value
+
+
+def test_a_tree_measures_a_model_called_by_keywords():
+    ids = torch.randint(500, (2, 8))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    lab = LayerLab(Encoder(), batch, device="cpu")
+    lab.boxes["layers.1"].value = True
+    predicted = lab.history[-1]
+    assert lab.measure().peak_bytes == predicted.peak_bytes
+    assert "as predicted" in lab.readout.value
+
+
+def test_a_loss_may_be_given():
+    model, x = GPT(width=32, vocabulary=100), torch.randint(100, (2, 16))
+
+    def loss(scores):
+        return scores.square().mean()
+
+    lab = LayerLab(model, x, loss=loss)
+    lab.boxes["blocks.1"].value = True
+    plan = Plan.alone(["blocks.1"])
+    assert lab.history[-1] == predict(model, x, plan, loss=loss)
+
+
+def test_what_is_not_safe_is_said_and_marked():
+    lab = LayerLab(ResNet((1, 1), 4), torch.randn(2, 3, 8, 8))
+    assert "⚠" in lab._rows._kept["layers.0"].value
+    lab.boxes["layers.0"].value = True
+    assert "Careful: &#x27;layers.0.norm1&#x27; updates its running" in (
+        lab.readout.value
+    )
+    lab.boxes["stem.2"].value = True
+    assert "&#x27;stem.2&#x27; changes its input in place" in lab.readout.value
+    lab.boxes["stem.2"].value = False
+    assert lab.finding.startswith("layer 0 alone") and lab.finding in lab.readout.value
+
+
+def test_a_plan_that_does_not_fit_a_tree_is_refused():
+    lab = gpt_lab()
+    lab.plan = Plan.alone(["blocks.1.mlp"])
+    for plan, reason in (
+        (Plan.alone(["blocks.9"]), "no layer named"),
+        (Plan.alone(["blocks"]), "no forward of its own"),
+        (Plan.alone(["blocks.1", "blocks.1.mlp"]), "lies inside"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            lab.plan = plan
+    assert lab.plan == Plan.alone(["blocks.1.mlp"])
+
+
+def test_a_model_without_data_is_predicted_only():
+    with torch.device("meta"):
+        model = GPT(width=32, vocabulary=100)
+    lab = LayerLab(model, torch.empty(2, 16, dtype=torch.long, device="meta"))
+    assert "this model has no data" in lab.readout.value
+    with pytest.raises(ValueError, match="this model has no data"):
+        lab.measure()
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (nn.ReLU(), "ReLU has no parameters"),
+        (Encoder(), "does not fit this model at its own forward"),
+    ],
+)
+def test_a_model_that_cannot_be_looked_into_is_said(model, reason):
+    lab = LayerLab(model, torch.ones(2, 8), tree=True)
+    assert reason in lab.readout.value
+
+
+def test_settings_of_a_tree_keep_what_is_ticked():
+    def make(blocks, width):
+        return GPT(blocks, width, vocabulary=100)
+
+    lab = LayerLab(make, torch.randint(100, (2, 16)), {"blocks": 3, "width": 32})
+    lab.plan = Plan((("blocks.0", "blocks.1"), ("blocks.2.mlp",)))
+    lab.controls["blocks"].value = 2
+    assert lab.plan == Plan((("blocks.0", "blocks.1"),))
+    lab.controls["width"].value = 33  # no multiple of the heads
+    assert lab.settings == {"blocks": 2, "width": 32}
+
+
+def test_clicks_in_a_tree_from_other_threads_are_not_lost():
+    async def clicks() -> LayerLab:
+        lab = gpt_lab()
+        front_end_click(lab.boxes["blocks.0"], value=True)
+        front_end_click(lab.boxes["blocks.1"], value=True)
+        front_end_click(lab.joins["blocks.1"], value=True)
+        front_end_click(lab.boxes["blocks.3"], value=True)
+        await asyncio.sleep(0)
+        return lab
+
+    lab = asyncio.run(clicks())
+    plan = Plan((("blocks.0", "blocks.1"), ("blocks.3",)))
+    reports = [predict(lab._model, lab._meta_batch, p) for p in (Plan(), plan)]
+    assert lab.plan == plan and lab.finding == finding(*reports)

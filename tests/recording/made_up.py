@@ -1,0 +1,65 @@
+"""Make the recording that tests read: of no GPU, but in the format of one.
+
+It was measured on a CPU, in tiny sizes, and says in each place that it is made up. To
+make it anew, after the format has changed: python -m tests.recording.made_up
+"""
+
+from pathlib import Path
+
+import torch
+
+from helpers.checkpointing import Plan
+from helpers.recording._set import Group, Search, Step, boxes, pieces
+from helpers.recording.file import Recording
+from helpers.recording.record import record
+
+FIXTURE = Path(__file__).parent / "fixtures" / "made_up_recording.json"
+GPU = "made up for tests"
+LAYERS = ["layer1", "layer2", "layer3"]
+PLANS = (Plan(), Plan.alone(LAYERS), pieces(LAYERS, 2), pieces(LAYERS, 3))
+
+
+def tiny(optimizer: str = "none", precision: str = "float32", **settings) -> Step:
+    """Make a step of a tiny MLP."""
+    settings = {
+        "depth": 3,
+        "width": 16,
+        "activation": "gelu",
+        "dropout": 0.0,
+    } | settings
+    return Step("uniform_mlp", settings, 64, optimizer, precision)
+
+
+GROUPS = [
+    Group(Step("DocsMLP", {}, 32), boxes(LAYERS)),
+    Group(tiny(), PLANS),
+    Group(tiny(dropout=0.1, activation="relu"), PLANS),
+    Group(tiny("AdamW"), PLANS[:3]),
+    Group(tiny("AdamW fused"), PLANS[:3]),
+    Group(tiny("SGD", "bfloat16"), PLANS[:3]),
+    Group(tiny(), boxes(LAYERS)),
+]
+SEARCHES = [Search(tiny(), plan, 200_000) for plan in PLANS[:2]]
+
+
+def blank(**changes: object) -> Recording:
+    """Make a recording of no GPU without cases."""
+    return Recording(
+        **{
+            "gpu": GPU,
+            "driver": "none",
+            "cuda": "none",
+            "torch": torch.__version__,
+            "date": "2000-01-01",
+            "processors": 1,
+            "threads": 1,
+            "settings": {"repeats": 2, "warmup": 1},
+            "made_up": True,
+        }
+        | changes
+    )
+
+
+if __name__ == "__main__":
+    FIXTURE.unlink(missing_ok=True)
+    record(FIXTURE, blank(torch="none"), GROUPS, SEARCHES, device="cpu")
