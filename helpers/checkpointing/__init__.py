@@ -4,7 +4,13 @@ from helpers.checkpointing.torch_2_11 import checkpoint  # isort: skip
 from helpers.checkpointing._contexts import ContextFault, policy_failed
 from helpers.checkpointing._lists import NoSegment, marks, refuse_handed_on
 from helpers.checkpointing.apply import checkpointed
-from helpers.checkpointing.plan import Plan, follows, layer_names, listed_after
+from helpers.checkpointing.plan import (
+    Plan,
+    follows,
+    layer_names,
+    listed_after,
+    segments_of,
+)
 
 __all__ = [
     "ContextFault",
@@ -18,4 +24,5 @@ __all__ = [
     "marks",
     "policy_failed",
     "refuse_handed_on",
+    "segments_of",
 ]

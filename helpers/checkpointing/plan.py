@@ -4,7 +4,7 @@ A segment is run once without saving what autograd needs inside it; backward run
 again. Only the segment's input stays in memory in between.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -44,13 +44,8 @@ class Plan:
         """Join named layers that are neighbours in a Sequential into one segment."""
         names = list(names)
         check_fits(model, cls.alone(names))
-        segments: list[tuple[str, ...]] = []
-        for name in sorted(names, key=_all_names(model).index):
-            if segments and follows(model, segments[-1][-1], name):
-                segments[-1] += (name,)
-            else:
-                segments.append((name,))
-        return cls(tuple(segments))
+        in_order = sorted(names, key=_all_names(model).index)
+        return segments_of(in_order, lambda before, name: follows(model, before, name))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -68,6 +63,27 @@ class Plan:
 
         check_fits(model, self)
         return _code.snippet(model, self)
+
+
+def segments_of(
+    names: Iterable[str],
+    joins: Callable[[str, str], bool],
+    longest: int | None = None,
+) -> Plan:
+    """Cut names, in order, into segments: neighbours share one as long as they may.
+
+    Args:
+        joins: says of a name and the next one whether they may share a segment.
+        longest: how many names a segment may have; default: any number.
+    """
+    segments: list[tuple[str, ...]] = []
+    for name in names:
+        has_room = segments and (longest is None or len(segments[-1]) < longest)
+        if has_room and joins(segments[-1][-1], name):
+            segments[-1] += (name,)
+        else:
+            segments.append((name,))
+    return Plan(tuple(segments))
 
 
 def layer_names(model: nn.Module) -> list[str]:
