@@ -1,224 +1,243 @@
 """Many plans, batch sizes and settings in one table, each row predicted or measured.
 
-All plans of one model and batch are measured in one run, their steps in a new order in
-each round, so that a slow moment of the machine meets every plan alike. Finished rows
-can be kept on disk, and an interrupted sweep then goes on where it stopped.
+Everything is made once on the meta device, so that whatever does not fit is said before
+the first step runs. All plans of one model and batch are measured in one run, their
+steps in a new order in each round, so that a slow moment of the machine meets every
+plan alike.
 """
 
 import contextlib
-import dataclasses
 import functools
-import itertools
-import math
-import os
+import inspect
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress, product
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import nn
 
-from helpers.cache import ReportCache
-from helpers.cases import Case, PlanOrRule, make_cases
-from helpers.checkpointing import Plan
-from helpers.fingerprint import describe, describe_machine, digest, helpers_digest
+from helpers.checkpointing import Plan, checkpointed
+from helpers.dry_run import meta_batch, meta_model
 from helpers.measure import (
-    Loss,
-    OptimizerFactory,
     StepReport,
     free_memory,
     is_out_of_memory,
     measure_plans,
     memory_bytes,
     predict,
+    random_numbers_kept,
     usable_device,
 )
-from helpers.progress import progress_bar
 
-NUMBERS = {
-    "peak_bytes": "Int64",
-    "after_forward_bytes": "Int64",
-    "baseline_bytes": "Int64",
-    "forward_flops": "Int64",
-    "recompute_flops": "Int64",
-    "step_ms": "float64",
-    "step_ms_low": "float64",
-    "step_ms_high": "float64",
-    "repeats": "Int64",
-}
-OUT_OF_MEMORY = "out of memory"
-COLUMNS = ("rows", "plan", *NUMBERS, "source", "device", "outcome")
+if TYPE_CHECKING:
+    import pandas as pd
+
+Plans = Mapping[str, Plan | Callable[[nn.Module], Plan]] | Sequence[Plan]
+Tick = Callable[[], object]
+COUNTS = ("peak_bytes", "after_forward_bytes", "baseline_bytes")
+COUNTS += ("forward_flops", "recompute_flops")
+TIMES = ("step_ms", "step_ms_low", "step_ms_high")
+COLUMNS = ("rows", "plan", *COUNTS, *TIMES, "repeats", "source", "device", "outcome")
+TYPES = dict.fromkeys(TIMES, "float64") | dict.fromkeys((*COUNTS, "repeats"), "Int64")
 
 
 def sweep(
     model_factory: Callable[..., nn.Module],
     make_batch: Callable[[int], object],
-    plans: Mapping[str, PlanOrRule] | Sequence[Plan],
+    plans: Plans,
     rows: int | Sequence[int],
     *,
     settings: Mapping[str, Sequence] | None = None,
     measured: bool = False,
-    device: str | None = None,
-    loss: Loss | None = None,
-    optimizer: OptimizerFactory | None = None,
-    repeats: int = 10,
-    warmup: int = 2,
-    seed: int = 0,
-    limit_bytes: int | None = None,
-    cache: str | os.PathLike | None = None,
     progress: bool = True,
-    **checkpoint_options,
-) -> pd.DataFrame:
+    **options,
+) -> "pd.DataFrame":
     """Predict or measure a training step for every setting, batch size and plan.
 
     Args:
         model_factory: called with one combination of ``settings`` as keywords.
-        make_batch: called with a number of rows, where new tensors are made on the
-            device that they are wanted on; makes ``x`` or ``(x, target)``.
+        make_batch: makes a batch of so many rows, on the default device.
         plans: by label, plans or functions that make one for a model; or just plans.
-        rows: batch sizes.
         settings: for each of the factory's arguments the values to try.
-        measured: run every step, rather than predict it.
-        device: whose step is predicted, by default "cuda"; or where it is run, by
-            default the GPU if there is one.
-        loss, optimizer, repeats, warmup, checkpoint_options: as in ``measure``.
-        seed: of the weights, the batch and the order of the measured steps.
-        limit_bytes: a step that needs more counts as out of memory, and is not run.
-        cache: a folder in which finished rows are kept, and found again.
-        progress: whether a bar shows how far it is.
+        options: how a step is run, see ``Steps``.
 
     Returns:
         A row for each combination. A step that is out of memory has its prediction's
         numbers. ``step_ms`` is a median between the quartiles ``step_ms_low`` and
         ``step_ms_high``; times can be compared within one setting and batch size.
-
-    Raises:
-        ValueError: if there is nothing to sweep, or if something does not fit.
     """
-    if repeats < 0 or warmup < 0:
-        raise ValueError(f"repeats and warmup are 0 or more, got {repeats}, {warmup}")
-    settings = dict(settings or {})
-    if taken := sorted(set(settings) & set(COLUMNS)):
-        raise ValueError(f"{taken[0]!r} is a column of the table; rename the setting")
-    cases = list(make_cases(model_factory, make_batch, plans, rows, settings))
-    runner = Runner(
-        _device(device, measured),
-        {"loss": loss, "optimizer": optimizer, **checkpoint_options},
-        {"repeats": repeats, "warmup": warmup, "seed": seed} if measured else {},
-        math.inf if limit_bytes is None else limit_bytes,
-        ReportCache(cache) if cache is not None else None,
-    )
-    table: list[dict] = []
-    ends = list(itertools.accumulate(map(runner.count_steps, cases)))
-    with progress_bar(ends[-1], "step", progress) as bar:
-        for case, end in zip(cases, ends, strict=True):
-            table += runner.rows(case, bar.update)
-            bar.update(end - bar.n)  # what was found, or was not run
-    return pd.DataFrame(table, columns=[*settings, *COLUMNS]).astype(NUMBERS)
+    import pandas as pd  # here, since a bare machine with a GPU has neither
+    from tqdm.auto import tqdm
 
-
-def _device(device: str | None, measured: bool) -> str:
-    """Choose the device, and see that steps can be run or predicted for it."""
-    if device is None:
-        device = "cuda" if not measured or torch.cuda.is_available() else "cpu"
-    kind = str(device).partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"a step runs on 'cpu' or 'cuda', not on {kind!r}")
-    return usable_device(nn.Identity(), kind) if measured else kind
+    steps, settings = Steps(measured, **options), settings or {}
+    cases = list(_cases(model_factory, make_batch, plans, rows, settings))
+    each, table = steps.per_plan * len(cases[0].plans), []
+    shown = {"unit": "step", "leave": False, "disable": not (progress and _watched())}
+    with tqdm(total=each * len(cases), **shown) as bar:
+        for done, case in enumerate(cases, 1):
+            table += steps.rows(case, bar.update)
+            bar.update(done * each - bar.n)  # what was not run
+    return pd.DataFrame(table, columns=[*settings, *COLUMNS]).astype(TYPES)
 
 
 @dataclass(frozen=True)
-class Runner:
-    """Runs the steps of a sweep, or finds them in its cache."""
+class Case:
+    """One model and batch, and the plans that are compared on them."""
 
-    device: str
-    options: dict[str, object]  # of the step
-    timing: dict[str, int]  # repeats, warmup and seed; empty if it only predicts
-    limit_bytes: float
-    cache: ReportCache | None
+    settings: dict[str, object]
+    rows: int
+    make_model: Callable[[], nn.Module]
+    make_batch: Callable[[], object]
+    plans: list[tuple[str, Plan]]  # with labels
+    model: nn.Module  # on the meta device
+    batch: object  # on the meta device
 
-    def count_steps(self, case: Case) -> int:
-        """Count the steps that a case takes."""
-        each = 1
-        if self.timing:
-            each += self.timing["repeats"] + max(1, self.timing["warmup"])
-            each += self.device == "cuda"
-        return each * len(case.plans)
 
-    def rows(self, case: Case, tick: Callable[[], object]) -> Iterator[dict]:
+def _cases(model_factory, make_batch, plans, rows, settings) -> Iterator[Case]:
+    """Make a case for each combination."""
+    if isinstance(model_factory, nn.Module) or not callable(model_factory):
+        raise ValueError(
+            "model_factory is a function that makes the model, such as uniform_mlp or "
+            f"lambda: model; got a {type(model_factory).__name__}"
+        )
+    _check_settings(model_factory, settings)
+    for values in product(*settings.values()):
+        chosen = dict(zip(settings, values, strict=True))
+        make_model = functools.partial(model_factory, **chosen)
+        with torch.random.fork_rng(devices=[]):
+            model = meta_model(make_model)
+        labelled = _labelled(plans, model)
+        for size in _sizes(rows):
+            make = functools.partial(make_batch, size)
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):
+                batch = meta_batch(make())
+            yield Case(chosen, size, make_model, make, labelled, model, batch)
+
+
+def _check_settings(factory: Callable, settings: Mapping[str, Sequence]) -> None:
+    """Raise ValueError unless the factory takes each setting, and each has values."""
+    takes = inspect.signature(factory).parameters.values()
+    names = [p.name for p in takes if p.kind is not p.POSITIONAL_ONLY]
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in takes)
+    for name, values in settings.items():
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise ValueError(
+                "settings are lists of values to try, such as {'depth': [8, 16]}; "
+                f"{name!r} has {values!r}"
+            )
+        if name in COLUMNS:
+            raise ValueError(f"{name!r} is a column of the table; rename the setting")
+        if name not in names and not takes_all:
+            raise ValueError(
+                f"{getattr(factory, '__name__', 'the model_factory')} has no setting "
+                f"{name!r}; it has: {', '.join(names) or 'none'}"
+            )
+
+
+def _labelled(plans: Plans, model: nn.Module) -> list[tuple[str, Plan]]:
+    """Give each plan its label, and make those that are rules."""
+    if isinstance(plans, Mapping):
+        pairs = list(plans.items())
+    elif isinstance(plans, Sequence) and all(isinstance(p, Plan) for p in plans):
+        pairs = [(str(plan), plan) for plan in plans]
+    else:
+        raise ValueError(
+            "plans are a list of Plans, or a dict of Plans by label, such as "
+            "{'none': Plan(), 'each alone': Plan.alone(names)}"
+        )
+    if not pairs:
+        raise ValueError("there is no plan to sweep; Plan() checkpoints nothing")
+    return [(label, _made(label, plan, model)) for label, plan in pairs]
+
+
+def _made(label: str, plan: object, model: nn.Module) -> Plan:
+    """Make the plan of a rule where it is one, and see that it fits the model."""
+    made = plan if isinstance(plan, Plan) or not callable(plan) else plan(model)
+    if not isinstance(made, Plan):
+        raise ValueError(
+            f"plan {label!r} is a {type(made).__name__}; a Plan is wanted, or a "
+            "function that makes one for a model"
+        )
+    with checkpointed(model, made):
+        return made
+
+
+def _sizes(rows: int | Sequence[int]) -> list[int]:
+    sizes = [rows] if isinstance(rows, int) else list(rows)
+    if not sizes:
+        raise ValueError("there is no batch size to sweep; give rows, such as (32,)")
+    for size in sizes:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"rows are whole numbers of at least 1, got {size!r}")
+    return sizes
+
+
+class Steps:
+    """Predicts the steps of a sweep, or runs them.
+
+    Args:
+        device: default: "cuda" to predict; to measure, the GPU if there is one.
+        seed: of the weights, the batch and the order of the measured steps.
+        repeats, warmup, options: as in ``measure``.
+    """
+
+    def __init__(
+        self,
+        measured: bool,
+        device: str | None = None,
+        seed: int = 0,
+        repeats: int = 10,
+        warmup: int = 2,
+        **options,
+    ) -> None:
+        if (least := min(repeats, warmup)) < 0:
+            raise ValueError(f"repeats and warmup are 0 or more, got {least}")
+        if device is None:
+            device = "cuda" if not measured or torch.cuda.is_available() else "cpu"
+        self.device = str(device).partition(":")[0]
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"a step runs on 'cpu' or 'cuda', not on {self.device!r}")
+        if measured:
+            usable_device(nn.Identity(), self.device)
+        self.measured, self.seed = measured, seed
+        self.repeats, self.warmup, self.options = repeats, warmup, options
+        real = repeats + max(1, warmup) + 1 + (self.device == "cuda")
+        self.per_plan = 1 + real if measured else 1
+
+    def rows(self, case: Case, tick: Tick) -> Iterator[dict]:
         """Yield the table's rows of a case; ``tick`` is called for every step."""
         plans = [plan for _, plan in case.plans]
         predicted = [self._predicted(case, plan, tick) for plan in plans]
-        limit_bytes = self.limit_bytes
-        if self.timing:
-            limit_bytes = min(limit_bytes, memory_bytes(self.device))
-        fits = [dry is None or dry.peak_bytes <= limit_bytes for dry in predicted]
-        reports: Iterator[StepReport | None] = itertools.compress(predicted, fits)
-        if self.timing:
-            fitting = list(itertools.compress(plans, fits))
-            reports = iter(self._measured(case, fitting, tick))
-        for (label, _), dry, fit in zip(case.plans, predicted, fits, strict=True):
-            report = next(reports) if fit else None
-            first = {**case.settings, "rows": case.rows, "plan": label}
-            last = {"device": self.device, "outcome": "ok" if report else OUT_OF_MEMORY}
-            yield first | _numbers(report or dry) | last
+        reports = predicted
+        if self.measured:
+            limit_bytes = memory_bytes(self.device)
+            fits = [not dry or dry.peak_bytes <= limit_bytes for dry in predicted]
+            run = iter(self._measured(case, [*compress(plans, fits)], tick))
+            reports = [next(run) if fit else None for fit in fits]
+        for (label, _), dry, report in zip(case.plans, predicted, reports, strict=True):
+            row = {**case.settings, "rows": case.rows, "plan": label}
+            row |= _numbers(report or dry) | {"device": self.device}
+            yield row | {"outcome": "ok" if report else "out of memory"}
 
-    def _predicted(
-        self, case: Case, plan: Plan, tick: Callable[[], object]
-    ) -> StepReport | None:
+    def _predicted(self, case: Case, plan: Plan, tick: Tick) -> StepReport | None:
         """Predict a step; None if it can only be measured, as it looks at values."""
-        if not self.timing:
-            tick()
-        key = self._key(case, plan, source="predicted")
-        report = self.cache.find(key) if self.cache else None
-        if report:
-            return report
-        with contextlib.suppress(*(ValueError, RuntimeError) if self.timing else ()):
+        tick()
+        with contextlib.suppress(*(ValueError, RuntimeError) if self.measured else ()):
             # What else may be wrong, the measurement says as well.
-            report = predict(
-                case.model, case.batch, plan, device=self.device, **self.options
-            )
-            report = dataclasses.replace(report, timeline=None)  # it is large
-            if self.cache:
-                self.cache.keep(key, report)
-        return report
+            how = self.options | {"device": self.device}
+            report = predict(case.model, case.batch, plan, **how)
+            return replace(report, timeline=None)  # it is large
+        return None
 
     def _measured(
-        self, case: Case, plans: Sequence[Plan], tick: Callable[[], object]
-    ) -> list[StepReport | None]:
-        """Find plans that were measured together, or measure them together now."""
-        together = digest(sorted(plan.segments for plan in plans))
-        words = {"source": "measured", "together": together, "timing": str(self.timing)}
-        keys = [self._key(case, plan, **words) for plan in plans]
-        found = [self.cache.find(key) for key in keys] if self.cache else [None]
-        if all(found):
-            return found
-        reports = self._run(case, plans, tick)
-        if self.cache:
-            for key, report in zip(keys, reports, strict=True):
-                if report:
-                    self.cache.keep(key, report)
-        return reports
-
-    def _run(
-        self, case: Case, plans: Sequence[Plan], tick: Callable[[], object]
+        self, case: Case, plans: list[Plan], tick: Tick
     ) -> list[StepReport | None]:
         """Measure plans in one run; None for a plan that runs out of memory."""
-        if not plans:
-            return []
-        repeats, warmup, seed = self.timing.values()
         try:
-            return measure_plans(
-                *case.made(self.device, seed),
-                plans,
-                device=self.device,
-                repeats=repeats,
-                warmup=warmup,
-                between_steps=tick,
-                shuffle=random.Random(seed),
-                **self.options,
-            )
+            return self._run(case, plans, tick) if plans else []
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -226,33 +245,46 @@ class Runner:
             free_memory(self.device)
         if len(plans) == 1:
             return [None]
-        alone = [self._run(case, [plan], tick)[0] for plan in plans]
-        fits = [plan for plan, report in zip(plans, alone, strict=True) if report]
-        if len(fits) == len(plans):
+        alone = [self._measured(case, [plan], tick)[0] for plan in plans]
+        if all(alone):
             return alone
-        together = iter(self._run(case, fits, tick))
+        together = iter(self._measured(case, [*compress(plans, alone)], tick))
         return [next(together) if report else None for report in alone]
 
-    def _key(self, case: Case, plan: Plan, **words: str) -> dict[str, str]:
-        """Name all that a step's numbers depend on."""
-        if not self.cache:
-            return {}
-        return words | case.words | self._words | {"plan": str(plan.segments)}
-
-    @functools.cached_property
-    def _words(self) -> dict[str, str]:
-        return {
-            "machine": describe_machine(self.device, bool(self.timing)),
-            "options": describe(self.options),
-            "helpers": helpers_digest(),
-        }
+    def _run(self, case: Case, plans: list[Plan], tick: Tick) -> list[StepReport]:
+        """Make model and batch, the same ones for the same seed, and measure plans."""
+        with random_numbers_kept():
+            torch.manual_seed(self.seed)
+            with torch.device(self.device):
+                model, batch = case.make_model(), case.make_batch()
+        return measure_plans(
+            model,
+            batch,
+            plans,
+            device=self.device,
+            repeats=self.repeats,
+            warmup=self.warmup,
+            between_steps=tick,
+            shuffle=random.Random(self.seed),
+            **self.options,
+        )
 
 
 def _numbers(report: StepReport | None) -> dict[str, object]:
     """Take a report's numbers for the table; what is not known stays empty."""
     if report is None:
         return {"repeats": 0}
-    names = [name for name in (*NUMBERS, "source") if hasattr(report, name)]
-    low, high = report.step_ms_quartiles or (None, None)
-    numbers = {name: getattr(report, name) for name in names}
-    return numbers | {"step_ms_low": low, "step_ms_high": high}
+    names = (*COUNTS, "step_ms", "repeats", "source")
+    times = dict(zip(TIMES[1:], report.step_ms_quartiles or (), strict=False))
+    return {name: getattr(report, name) for name in names} | times
+
+
+def _watched() -> bool:
+    """Tell whether a reader is there: only then can a notebook's cell ask for input.
+
+    In a notebook that runs to be committed or tested a bar would stay in the file.
+    """
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if kernel := getattr(shell, "kernel", None):
+        return kernel.get_parent("shell").get("content", {}).get("allow_stdin", True)
+    return True

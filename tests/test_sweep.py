@@ -1,11 +1,8 @@
-"""A sweep's rows are what predict and measure say, and none is run twice."""
+"""A sweep's rows are what predict and measure say."""
 
 import gc
 import itertools
-import json
 import random
-import subprocess
-import sys
 import weakref
 from functools import partial
 
@@ -13,6 +10,7 @@ import matplotlib
 import pandas as pd
 import pytest
 import torch
+from jupyter_client.manager import run_kernel
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -21,7 +19,7 @@ from helpers import sweep as sweeping
 from helpers.checkpointing import Plan
 from helpers.measure import measured as measuring
 from helpers.measure import predict
-from helpers.models import MLP, uniform_mlp
+from helpers.models import uniform_mlp
 from helpers.sweep import sweep
 
 matplotlib.use("agg")
@@ -42,25 +40,6 @@ def pair(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 small = partial(uniform_mlp, depth=2, width=WIDTH)
 quick = partial(sweep, small, batch, BOTH, (4,), progress=False)
 timed = partial(quick, measured=True, device="cpu", repeats=2, warmup=1)
-
-
-@pytest.fixture
-def runs(monkeypatch):
-    """Note the plans that are predicted and measured."""
-    noted = []
-
-    def spy(name, plans_of):
-        real = getattr(sweeping, name)
-
-        def noting(model, batch, plans, *args, **kwargs):
-            noted.extend((name, plan) for plan in plans_of(plans))
-            return real(model, batch, plans, *args, **kwargs)
-
-        monkeypatch.setattr(sweeping, name, noting)
-
-    spy("predict", lambda plan: [plan])
-    spy("measure_plans", list)
-    return noted
 
 
 # The table
@@ -200,28 +179,27 @@ def test_the_seed_makes_weights_and_batch_and_nothing_else_is_drawn():
     assert len(set(drawn)) == 2
 
 
-def test_what_is_predicted_not_to_fit_is_not_run(runs):
+def test_what_is_predicted_not_to_fit_is_not_run(monkeypatch):
+    measured, real = [], sweeping.measure_plans
+
+    def noting(model, batch, plans, **options):
+        measured.extend(plans)
+        return real(model, batch, plans, **options)
+
     table = sweep(small, batch, BOTH, 4096, device="cpu", progress=False)
     limit_bytes = int(table.peak_bytes.min())
     assert limit_bytes < table.peak_bytes.max()
-    runs.clear()
+    monkeypatch.setattr(sweeping, "measure_plans", noting)
+    monkeypatch.setattr(sweeping, "memory_bytes", lambda device: limit_bytes)
     options = {"measured": True, "device": "cpu", "repeats": 1, "progress": False}
-    limited = sweep(small, batch, BOTH, 4096, limit_bytes=limit_bytes, **options)
+    limited = sweep(small, batch, BOTH, 4096, **options)
     fitting = table.plan[table.peak_bytes.idxmin()]
-    assert [plan for name, plan in runs if name == "measure_plans"] == [BOTH[fitting]]
+    assert measured == [BOTH[fitting]]
     for row, dry in zip(limited.itertuples(), table.itertuples(), strict=True):
         fits = row.plan == fitting
         assert row.outcome == ("ok" if fits else "out of memory")
         assert row.source == ("measured" if fits else "predicted")
         assert row.peak_bytes == dry.peak_bytes and pd.isna(row.step_ms) != fits
-
-
-def test_a_limit_holds_for_predictions_too():
-    dry = quick()
-    table = quick(limit_bytes=int(dry.peak_bytes.max()) - 1)
-    full = dry.peak_bytes == dry.peak_bytes.max()
-    assert (table.outcome == "out of memory").tolist() == full.tolist()
-    assert table[BYTES].equals(dry[BYTES])
 
 
 class Full(nn.Linear):
@@ -266,233 +244,6 @@ def test_a_model_that_does_not_fit_is_a_row_as_well():
     assert table.outcome.tolist() == ["out of memory"] * 2
 
 
-# The cache
-
-
-def test_a_cached_sweep_runs_nothing_and_gives_the_same_table(tmp_path, runs):
-    for run in (quick, timed):
-        first = run(cache=tmp_path / "a")
-        runs.clear()
-        assert run(cache=tmp_path / "a").equals(first) and not runs
-
-
-def test_a_new_plan_is_run_and_the_old_ones_are_found(tmp_path, runs):
-    quick(cache=tmp_path)
-    runs.clear()
-    more = BOTH | {"second": Plan.alone(["layer2"])}
-    sweep(small, batch, more, 4, cache=tmp_path, progress=False)
-    assert runs == [("predict", more["second"])]
-
-
-def test_times_from_different_runs_are_not_mixed(tmp_path, runs):
-    timed(cache=tmp_path)
-    runs.clear()
-    more = BOTH | {"second": Plan.alone(["layer2"])}
-    options = {"measured": True, "device": "cpu", "repeats": 2, "warmup": 1}
-    sweep(small, batch, more, 4, cache=tmp_path, progress=False, **options)
-    measured = [plan for name, plan in runs if name == "measure_plans"]
-    assert measured == list(more.values())
-
-
-class Scaled(nn.Module):
-    """Prints nothing of its own."""
-
-    def __init__(self, scale=1):
-        super().__init__()
-        self.layer1, self.scale = nn.Linear(WIDTH, WIDTH), scale
-
-    def forward(self, x):
-        return self.scale * self.layer1(x)
-
-
-class Unscaled(Scaled):
-    def forward(self, x):
-        return self.layer1(x)
-
-
-def mean(output):
-    return output.mean()
-
-
-CHANGES = {
-    "width": {"model_factory": lambda: MLP([WIDTH, 8, 4])},
-    "activation": {"model_factory": lambda: MLP([WIDTH, 16, 4], "gelu")},
-    "dtype": {"model_factory": lambda: MLP([WIDTH, 16, 4]).half()},
-    "frozen": {"model_factory": lambda: MLP([WIDTH, 16, 4]).requires_grad_(False)},
-    "eval": {"model_factory": lambda: MLP([WIDTH, 16, 4]).eval()},
-    "rows": {"rows": 5},
-    "batch": {"make_batch": lambda rows: torch.randn(rows, WIDTH).double()},
-    "plan": {"plans": [Plan.alone(["layer2"])]},
-    "segments": {"plans": [Plan((("layer1", "layer2"),))]},
-    "loss": {"loss": mean},
-    "label smoothing": {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)},
-    "optimizer": {"optimizer": torch.optim.SGD},
-    "momentum": {"optimizer": partial(torch.optim.SGD, momentum=0.9)},
-    "early stop": {"early_stop": False},
-    "device": {"device": "cpu"},
-    "measured": {"measured": True},
-    "repeats": {"measured": True, "repeats": 3},
-    "warm-up": {"measured": True, "warmup": 3},
-    "seed": {"measured": True, "seed": 3},
-}
-
-
-@pytest.fixture
-def keys(tmp_path, monkeypatch):
-    """Return the keys that a sweep looks for, without running its steps."""
-    report = predict(small(), batch(4), device="cpu")
-    monkeypatch.setattr(sweeping, "predict", lambda *args, **kwargs: report)
-    monkeypatch.setattr(sweeping, "usable_device", lambda model, device: device)
-    monkeypatch.setattr(sweeping, "memory_bytes", lambda device: 2**40)
-    monkeypatch.setattr(
-        sweeping, "measure_plans", lambda m, b, plans, **kwargs: [report] * len(plans)
-    )
-    folder = itertools.count()
-
-    def look(**change):
-        options = {"model_factory": lambda: MLP([WIDTH, 16, 4]), "make_batch": batch}
-        options |= {"plans": [Plan.alone(["layer1"])], "rows": 4, "progress": False}
-        options |= {"device": "cuda" if not change.get("measured") else "cpu"}
-        place = tmp_path / str(next(folder))
-        sweep(cache=place, **options | change)
-        files = map(json.loads, (file.read_text() for file in place.glob("*.json")))
-        return {str(file["key"]) for file in files}
-
-    return look
-
-
-def test_the_key_is_the_same_for_the_same_sweep(keys):
-    assert keys() == keys() and len(keys(measured=True)) == 2
-    assert keys(measured=True) == keys(measured=True)
-    assert keys(plans={"another label": Plan.alone(["layer1"])}) == keys()
-    assert keys(seed=3) == keys(repeats=3) == keys(limit_bytes=2**30) == keys()
-
-
-def test_whatever_matters_changes_the_key(keys):
-    looked = {name: keys(**change) for name, change in CHANGES.items()}
-    looked["none"] = keys()
-    shared = {
-        (first, second)
-        for first, second in itertools.combinations(looked, 2)
-        if looked[first] <= looked[second] or looked[second] <= looked[first]
-    }
-    assert not shared
-
-
-@pytest.mark.parametrize("factory", [Unscaled, partial(Scaled, 2)], ids=str)
-def test_code_and_settings_that_are_not_printed_change_the_key(keys, factory):
-    words = keys(model_factory=Scaled) | keys(model_factory=factory)
-    assert len(words) == 2
-
-
-def test_torch_helpers_autocast_and_the_machine_change_the_key(keys, monkeypatch):
-    found = [keys(measured=True)]
-    for target, value in (
-        ("torch.__version__", "9.9"),
-        ("helpers.sweep.helpers_digest", lambda: "other"),
-        ("helpers.fingerprint.device_name", lambda device: "another machine"),
-        ("torch.get_num_threads", lambda: 99),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(target, value)
-            found.append(keys(measured=True))
-    with torch.autocast("cpu", torch.bfloat16):
-        found.append(keys(measured=True))
-    assert all(a != b for a, b in itertools.combinations(found, 2))
-
-
-def test_a_file_cut_short_or_foreign_is_run_again(tmp_path, runs):
-    first = quick(cache=tmp_path)
-    files = sorted(tmp_path.glob("*.json"))
-    whole = [file.read_bytes() for file in files]
-    bad = [whole[0][:size] for size in (0, 1, len(whole[0]) // 2, len(whole[0]) - 1)]
-    bad += [whole[1], b"[]", b"null", b'{"key": {}}', b"\xff\xfe", b"\x00" * 4000]
-    kept = json.loads(whole[0])
-    for name in kept["report"]:
-        less = {key: value for key, value in kept["report"].items() if key != name}
-        bad.append(json.dumps(kept | {"report": less}, indent=1).encode())
-    more = kept["report"] | {"more": 1}
-    bad.append(json.dumps(kept | {"report": more}, indent=1).encode())
-    for content in bad:
-        files[0].write_bytes(content)
-        runs.clear()
-        assert quick(cache=tmp_path).equals(first)
-        assert len(runs) == 1, content
-        assert files[0].read_bytes() == whole[0]
-
-
-def test_an_interrupt_keeps_what_was_finished_and_goes_on(tmp_path, runs):
-    stop_at = 32
-
-    def interrupted(rows):
-        x = batch(rows)
-        if rows == stop_at and not x.is_meta:
-            raise KeyboardInterrupt
-        return x
-
-    options = {"measured": True, "device": "cpu", "repeats": 1, "progress": False}
-    options["cache"] = tmp_path
-    with pytest.raises(KeyboardInterrupt):
-        sweep(small, interrupted, BOTH, (8, 16, 32, 64), **options)
-    runs.clear()
-    stop_at = None
-    table = sweep(small, interrupted, BOTH, (8, 16, 32, 64), **options)
-    measured = [plan for name, plan in runs if name == "measure_plans"]
-    assert measured == [*BOTH.values()] * 2  # for 32 and 64 rows alone
-    assert (table.outcome == "ok").all() and len(table) == 8
-
-
-def test_an_interrupt_in_the_middle_of_a_prediction_sweep(tmp_path, runs, monkeypatch):
-    real, left = sweeping.predict, [5]
-
-    def predict(*args, **kwargs):
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    many = [Plan.alone(names) for names in (["layer1"], ["layer2"], [])]
-    with monkeypatch.context() as patch:
-        patch.setattr(sweeping, "predict", predict)
-        with pytest.raises(KeyboardInterrupt):
-            sweep(small, batch, many, (4, 8), cache=tmp_path, progress=False)
-    runs.clear()
-    sweep(small, batch, many, (4, 8), cache=tmp_path, progress=False)
-    assert len(runs) == 2
-
-
-def test_an_interrupted_write_leaves_no_part(tmp_path, monkeypatch):
-    quick(cache=tmp_path)
-    before = sorted(tmp_path.iterdir())
-
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("os.replace", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            quick(cache=tmp_path, settings={"activation": ["relu"]})
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_a_sweep_killed_at_any_moment_can_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeping, "helpers_digest", lambda: "as it is")
-    program = (
-        "import os; from tests.test_sweep import *; count = [0]\n"
-        "def dies(model, batch, plan, **options):\n"
-        "    count[0] += 1\n"
-        "    if count[0] == 4: os.kill(os.getpid(), 9)\n"
-        "    return predict(model, batch, plan, **options)\n"
-        "sweeping.predict = dies; sweeping.helpers_digest = lambda: 'as it is'\n"
-        f"sweep(small, batch, BOTH, (4, 8, 16), cache={str(tmp_path)!r})\n"
-    )
-    subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
-    assert len(list(tmp_path.glob("*.json"))) == 3
-    table = sweep(small, batch, BOTH, (4, 8, 16), cache=tmp_path, progress=False)
-    again = sweep(small, batch, BOTH, (4, 8, 16), progress=False)
-    assert table.equals(again) and len(list(tmp_path.iterdir())) == 6
-
-
 # What does not fit
 
 
@@ -520,7 +271,6 @@ def test_a_sweep_killed_at_any_moment_can_go_on(tmp_path, monkeypatch):
         ({"make_batch": lambda rows: torch.ones(rows, 3)}, "does not fit this model"),
         ({"device": "tpu"}, "'cpu' or 'cuda', not on 'tpu'"),
         ({"measured": True, "device": "meta"}, "'cpu' or 'cuda', not on 'meta'"),
-        ({"cache": __file__}, "a folder to keep reports in"),
     ],
     ids=lambda part: part if isinstance(part, str) else next(iter(part)),
 )
@@ -538,6 +288,61 @@ def test_a_setting_may_not_be_called_as_a_column():
 
     with pytest.raises(ValueError, match="'plan' is a column of the table"):
         sweep(make, batch, BOTH, 4, settings={"plan": [1]}, progress=False)
+
+
+# The progress bar: a reader sees it, and nothing stays in a file
+
+USE = """
+from helpers.checkpointing import Plan
+from helpers.models import uniform_mlp
+from helpers.sweep import sweep
+import torch
+table = sweep(uniform_mlp, lambda rows: torch.ones(rows, 1024), [Plan()], 4)
+print(len(table))
+"""
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    with run_kernel() as client:
+        yield client
+
+
+def outputs(kernel, code: str, watched: bool) -> list[str]:
+    """Run code as a notebook's cell; return what kinds of output it has."""
+    found = []
+
+    def note(message):
+        if message["msg_type"] in ("stream", "display_data", "error"):
+            found.append(message["content"].get("name", message["msg_type"]))
+
+    kernel.execute_interactive(
+        code, allow_stdin=watched, output_hook=note, stdin_hook=print, timeout=60
+    )
+    return found
+
+
+def test_a_notebook_that_nobody_watches_gets_no_bar(kernel):
+    assert outputs(kernel, USE, watched=False) == ["stdout"]
+
+
+def test_a_reader_sees_a_bar(kernel):
+    assert outputs(kernel, USE, watched=True) == ["display_data", "stdout"]
+
+
+def test_without_widgets_there_is_a_plain_bar(kernel):
+    block = "import sys; sys.modules['ipywidgets'] = None\n"
+    block += "for name in [name for name in sys.modules if 'tqdm' in name]:\n"
+    block += "    del sys.modules[name]\n"
+    assert set(outputs(kernel, block + USE, watched=True)) == {"stderr", "stdout"}
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_terminal_sees_a_bar_and_then_no_more(capsys, shown):
+    quick(progress=shown)
+    out, err = capsys.readouterr()
+    assert not out and bool(err) == shown
+    assert not err.split("\r")[-2:][0].strip()  # the last that is drawn is blank
 
 
 # On a GPU
