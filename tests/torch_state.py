@@ -8,7 +8,7 @@ import torch.nn.modules.module as modules
 import torch.optim.optimizer as optimizers
 import torch.utils.flop_counter
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode
 
 # Attention and dropout are what a dry run acts on, and linear is cast by autocast.
 OPERATORS = ("aten::dropout", "aten::scaled_dot_product_attention", "aten::linear")
@@ -53,6 +53,17 @@ def torch_state() -> dict[str, object]:
     found["formulas of FLOPs"] = {*torch.utils.flop_counter.flop_registry}
     found["random numbers"] = torch.get_rng_state().tolist()
     return found
+
+
+def put_back(before: dict[str, object]) -> None:
+    """Take away hooks and modes that were left, so that more can be tried."""
+    for name, hooks in (vars(modules) | vars(optimizers)).items():
+        if name in before and isinstance(hooks, dict):
+            hooks.clear()
+            hooks.update(before[name])
+    left = _get_current_dispatch_mode_stack()
+    for _ in left[len(before["_get_current_dispatch_mode_stack"]) :]:
+        _pop_mode()
 
 
 def changes(before: dict[str, object], after: dict[str, object]) -> list[str]:
