@@ -7,12 +7,13 @@ recomputing it needs at the start, inside and at the end of a segment.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from helpers.checkpointing import Plan, checkpointed, follows, listed_after
+from helpers.checkpointing import Plan, checkpointed, follows, listed_after, segments_of
 from helpers.dry_run import (
     RememberedShapes,
     kernels_of,
@@ -21,8 +22,8 @@ from helpers.dry_run import (
     meta_model,
 )
 from helpers.measure import Loss, training_step
-from helpers.planner._marks import BEFORE, MarkedStep
-from helpers.planner._stage_bytes import Reader
+from helpers.planner._marks import BEFORE, Marks, watch
+from helpers.planner._stage_bytes import Runs
 from helpers.planner._stage_times import stage_times_ms
 from helpers.planner.chain import Chain
 from helpers.timeline import Tracker, state_tensors, tensors_in
@@ -90,26 +91,25 @@ def _dry_runs(
     step = training_step(model, batch, loss, made)
     devices = frozenset(("meta",) if device == "cuda" else ("meta", "cpu"))
 
-    def watch(plan: Plan, joined: bool = False) -> MarkedStep:
-        marked = MarkedStep(names, Tracker(model, devices, _shapes), joined)
-        marked.tracker.expect("input", tensors_in(batch))
+    def run(plan: Plan, joined: bool = False) -> Marks:
+        tracker = Tracker(model, devices, _shapes)
+        tracker.expect("input", tensors_in(batch))
         if made:
-            marked.tracker.expect("optimizer_state", state_tensors(made))
+            tracker.expect("optimizer_state", state_tensors(made))
         with checkpointed(model, plan):
-            marked.record(step, model)
-        return marked
+            return watch(step, model, names, tracker, joined)
 
     if made:
-        watch(Plan())  # makes the optimizer's state
-    plain = watch(Plan())
+        run(Plan())  # makes the optimizer's state
+    plain = run(Plan())
     starting = [name for name in names if name not in plain.in_place]
-    alone_plan, joined_plan = Plan.alone(starting), _joined(model, plain, starting)
-    alone = watch(alone_plan)
+    alone_plan, joined_plan = Plan.alone(starting), _joined(model, plain, names)
+    alone = run(alone_plan)
     try:
-        joined = watch(joined_plan, joined=True)
+        joined = run(joined_plan, joined=True)
     except ValueError:  # a ModuleList whose owner does more than feed one to the next
         joined, joined_plan = alone, alone_plan
-    chain = Reader(model, batch, plain, alone, joined, joined_plan).chain()
+    chain = Runs(model, batch, plain, alone, joined, joined_plan).chain()
     model.zero_grad(set_to_none=True)
     return chain
 
@@ -135,17 +135,16 @@ def chain_parent(model: nn.Module) -> str:
     return longest
 
 
-def _joined(model: nn.Module, plain: MarkedStep, starting: list[str]) -> Plan:
+def _joined(model: nn.Module, plain: Marks, names: list[str]) -> Plan:
     """Join neighbours into segments as long as can be."""
-    segments: list[tuple[str, ...]] = []
-    for before, name in zip(["", *plain.names], plain.names, strict=False):
-        if (
-            segments
-            and before == segments[-1][-1]
-            and before not in plain.used_elsewhere
-            and (follows(model, before, name) or listed_after(model, before, name))
-        ):
-            segments[-1] += (name,)
-        elif name in starting:
-            segments.append((name,))
-    return Plan(tuple(segments))
+
+    def joins(before: str, name: str) -> bool:
+        fed = follows(model, before, name) or listed_after(model, before, name)
+        return fed and before not in plain.used_elsewhere
+
+    starts_none = plain.in_place.__contains__
+    segments = (
+        tuple(itertools.dropwhile(starts_none, segment))
+        for segment in segments_of(names, joins).segments
+    )
+    return Plan(tuple(filter(None, segments)))

@@ -1,0 +1,164 @@
+"""Who feeds whom: the calls of a model's modules in one forward pass.
+
+Neighbours can share a segment where each is fed what the one before returns, and
+nobody else uses that. Inside a segment it is not there any more: a model that uses it
+gets the segment's output instead, and nobody is told.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from helpers.checkpointing import follows, listed_after, marks
+from helpers.timeline import tensors_in
+
+
+class Call(NamedTuple):
+    """One call of a module; of what it is given and returns nothing is kept alive."""
+
+    name: str
+    turn: int  # how many calls were over when it began
+    again: bool  # whether backward runs it
+    fed: object  # its first argument
+    others: list  # marks of all others
+    given: list[weakref.ref]  # the storages of all
+    returned: object
+    output: list[weakref.ref]  # the storage of the first tensor that it returns
+    nodes: range  # autograd's numbers of its nodes, which count up as nodes are made
+    last_node: int | None  # the one that made its output
+
+
+@contextlib.contextmanager
+def hooked(
+    model: nn.Module, names: Iterable[str], enter: Callable, leave: Callable
+) -> Iterator[None]:
+    """Call functions around each call of some modules, inside a ``with`` block.
+
+    Args:
+        enter: called with name, module, args and kwargs.
+        leave: called with the same and the output; also if the module fails.
+    """
+
+    def entering(name: str) -> Callable:
+        return lambda *call: enter(name, *call)
+
+    def leaving(name: str) -> Callable:
+        return lambda *call: leave(name, *call)
+
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            module, options = model.get_submodule(name), {"with_kwargs": True}
+            before = module.register_forward_pre_hook(entering(name), **options)
+            stack.callback(before.remove)
+            options["always_call"] = True
+            after = module.register_forward_hook(leaving(name), **options)
+            stack.callback(after.remove)
+        yield
+
+
+class Feeds:
+    """Follows calls, and says of neighbours whether one feeds the other."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self.model, self.names = model, names
+        self.calls: dict[str, list[Call]] = {}
+        self.in_turn: list[Call] = []
+        self._begun: list[tuple[int, int]] = []
+
+    def watching(self) -> contextlib.AbstractContextManager[None]:
+        """Follow the calls inside a ``with`` block."""
+        return hooked(self.model, self.names, self._enter, self._leave)
+
+    def _enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._begun.append((len(self.in_turn), torch.autograd._get_sequence_nr()))
+
+    def _leave(self, name, module, args: tuple, kwargs: dict, output: object) -> None:
+        turn, first_node = self._begun.pop()
+        fed, *others = args or (None,)
+        last = getattr(next(tensors_in(output), None), "grad_fn", None)
+        call = Call(
+            name,
+            turn,
+            torch._C._current_graph_task_id() != -1,
+            _reference(fed),
+            marks(tuple(others), kwargs),
+            _storages((args, kwargs)),
+            _reference(output),
+            _storages(output)[:1],
+            range(first_node, torch.autograd._get_sequence_nr()),
+            last._sequence_nr() if last else None,
+        )
+        self.calls.setdefault(name, []).append(call)
+        if not call.again:
+            self.in_turn.append(call)
+
+    def fault_of_chain(self) -> str:
+        """Say where the names, called in turn, do not feed each other; "" if they do.
+
+        What is handed on may be a view, or one of several outputs.
+        """
+        for place, call in enumerate(self.in_turn):
+            before = self.in_turn[place - 1]
+            if call.name in self.names[:place]:
+                return f"{call.name!r} is called twice"
+            if call.turn != place or self.names[place : place + 1] != [call.name]:
+                return f"{call.name!r} is called out of its turn"
+            if place and not any(map(call.given.__contains__, before.output)):
+                return f"{call.name!r} is not fed what {before.name!r} returns"
+        missing = self.names[len(self.in_turn) :]
+        return f"{missing[0]!r} is not called" if missing else ""
+
+    def break_between(self, before: str, after: str) -> str:
+        """Say why two neighbours cannot share a segment; "" if they can."""
+        calls = [self.calls.get(name, []) for name in (before, after)]
+        if [len(found) for found in calls] != [1, 1]:
+            return f"{before!r} and {after!r} are not called once each"
+        if follows(self.model, before, after):
+            return ""
+        if not listed_after(self.model, before, after):
+            return f"{before!r} and {after!r} are not in one list"
+        (one,), (other,) = calls
+        if not isinstance(one.returned, weakref.ref):
+            return f"{before!r} does not return a tensor"
+        if other.fed is not one.returned:
+            return f"{after!r} is not fed what {before!r} returns"
+        if other.others != one.others:
+            return f"{after!r} is given other arguments than {before!r}"
+        return ""
+
+    def used_elsewhere(self, output: object) -> set[str]:
+        """Walk the graph of the model's output; find calls whose own others use, too.
+
+        It takes the calls for a chain, and sees only what autograd does.
+        """
+        after = {
+            call.last_node: (call.name, following.nodes)
+            for call, following in zip(self.in_turn, self.in_turn[1:], strict=False)
+        }
+        found, seen = set(), set()
+        edges = [(-1, tensor.grad_fn) for tensor in tensors_in(output)]
+        while edges:
+            user, node = edges.pop()
+            if node is None:
+                continue
+            number = node._sequence_nr()
+            name, users = after.get(number, ("", ()))
+            if name and user not in users:
+                found.add(name)
+            if node not in seen:
+                seen.add(node)
+                edges += [(number, used) for used, _ in node.next_functions]
+        return found
+
+
+def _reference(value: object) -> object:
+    """Refer to a tensor without keeping it alive: one tensor, one reference."""
+    return weakref.ref(value) if isinstance(value, torch.Tensor) else type(value)
+
+
+def _storages(value: object) -> list[weakref.ref]:
+    return [weakref.ref(tensor.untyped_storage()) for tensor in tensors_in(value)]
