@@ -1,28 +1,33 @@
 """Which layers are checkpointed, and how that is applied to a model."""
 
-from helpers.checkpointing.torch_2_11 import checkpoint  # isort: skip
-from helpers.checkpointing._contexts import ContextFault, policy_failed
-from helpers.checkpointing._lists import NoSegment, marks, refuse_handed_on
-from helpers.checkpointing.apply import checkpointed
+import torch
+from torch.torch_version import TorchVersion
+from torch.utils.checkpoint import checkpoint
+
+from helpers import lazily
+from helpers.checkpointing.apply import Undo, checkpointed
 from helpers.checkpointing.plan import (
     Plan,
+    PlanFault,
     follows,
     layer_names,
     listed_after,
     segments_of,
 )
 
+if TorchVersion(torch.__version__) < (2, 13):
+    from helpers.checkpointing.torch_2_11 import checkpoint
+
 __all__ = [
-    "ContextFault",
-    "NoSegment",
     "Plan",
+    "PlanFault",
+    "Undo",
     "checkpoint",
     "checkpointed",
     "follows",
     "layer_names",
     "listed_after",
     "marks",
-    "policy_failed",
-    "refuse_handed_on",
     "segments_of",
 ]
+__getattr__ = lazily(__name__, {"marks": "_lists"})

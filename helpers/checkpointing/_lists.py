@@ -6,17 +6,15 @@ each is fed what the one before returned, and nobody else uses that: both are ch
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-
-class NoSegment(ValueError):
-    """Neighbours in a list cannot share a segment; says why."""
-
+from helpers.checkpointing.plan import PlanFault
 
 CODE = """
 
@@ -46,7 +44,7 @@ def code(segments: Sequence[Sequence[str]]) -> list[str]:
 
 
 def joined_forwards(
-    names: Sequence[str], modules: Sequence[nn.Module], call: Callable
+    model: nn.Module, names: Sequence[str], call: Callable
 ) -> dict[str, Callable]:
     """Make a forward for each of several neighbours, by name.
 
@@ -54,12 +52,13 @@ def joined_forwards(
         call: runs a function of the first one's arguments as one segment.
 
     Raises:
-        NoSegment: where one has hooks, which would run twice; from the forwards, if
+        PlanFault: where one has hooks, which would run twice; from the forwards, if
             the model does not feed one into the next, or uses what one returns.
     """
+    modules = [model.get_submodule(name) for name in names]
     for name, module in zip(names, modules, strict=True):
         if module._forward_hooks or module._forward_pre_hooks:
-            raise NoSegment(
+            raise PlanFault(
                 f"{name!r} has a forward hook, which would run twice if it shared a "
                 "segment; checkpoint it alone"
             )
@@ -84,7 +83,7 @@ class _Joined:
 
     def check_is_tensor(self, name, out):
         if not isinstance(out, torch.Tensor):
-            raise NoSegment(
+            raise PlanFault(
                 f"{name!r} returns a {type(out).__name__} and not a tensor, so it "
                 f"cannot share a segment with its neighbours; checkpoint it alone"
             )
@@ -105,7 +104,7 @@ class _Joined:
         before, name = self.names[place - 1 : place + 1]
         fed = type(x) is _HandedOn and x.name == before
         if not fed or x.given != marks(args, kwargs):
-            raise NoSegment(
+            raise PlanFault(
                 f"{name!r} is not fed what {before!r} returns, and nothing else, so "
                 "they cannot share a segment; checkpoint each alone"
             )
@@ -125,7 +124,7 @@ class _HandedOn:
     given: list
 
     def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
-        raise NoSegment(
+        raise PlanFault(
             f"the model uses what {self.name!r} returns for more than the next layer, "
             "so they cannot share a segment; checkpoint each alone"
         )
@@ -136,27 +135,18 @@ class _HandedOn:
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None) -> NoReturn:
-        refuse_handed_on([args, kwargs or {}])
+        refuse_handed_on(None, (), [args, kwargs or {}])
 
 
-def refuse_handed_on(output: object) -> None:
-    """Refuse a model's output that has a joined layer's in it.
+def refuse_handed_on(model: object, args: tuple, output: object) -> None:
+    """Refuse, as a model's forward hook, an output that has a joined layer's in it.
 
     Raises:
-        NoSegment: names the layer.
+        PlanFault: names the layer.
     """
-    for item in _flat([output]):
+    for item in tree_leaves(output):
         if type(item) is _HandedOn:
             item._refuse()
-
-
-def _flat(values: Iterable) -> list:
-    """List the items of nested lists and dicts."""
-    found = []
-    for value in values:
-        value = list(value.values()) if isinstance(value, dict) else value
-        found += _flat(value) if isinstance(value, list | tuple) else [value]
-    return found
 
 
 def marks(args: tuple, kwargs: dict) -> list:

@@ -7,8 +7,29 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from helpers import checkpointing
-from helpers.checkpointing import _contexts, _lists
-from helpers.checkpointing.plan import Plan, check_fits, listed_segments, runs_by_parent
+from helpers.checkpointing.plan import (
+    Plan,
+    PlanFault,
+    check_fits,
+    listed_segments,
+    runs_by_parent,
+)
+
+_RIGHT = (
+    "context_fn is called without arguments and returns two context managers, as "
+    "partial(create_selective_checkpoint_contexts, policy) does"
+)
+
+
+class Undo(contextlib.ExitStack):
+    """An ExitStack that is closed, at the latest, when nothing refers to it any more.
+
+    An interrupt can come between a block's last line and its end, and skip that. What
+    is undone is noted in the line that does it, so that nothing is left out.
+    """
+
+    def __del__(self) -> None:
+        self.close()
 
 
 @contextlib.contextmanager
@@ -43,23 +64,38 @@ def checkpointed(
         early_stop=early_stop,
     )
     if context_fn is not None:  # torch.compile cannot look into one of Python's own
-        checked = _contexts.checked(context_fn, use_reentrant)
-        call = functools.partial(call, context_fn=checked)
+        call = functools.partial(call, context_fn=_checked(context_fn, use_reentrant))
+    with Undo() as undo:
+        for name, forward in _forwards(model, plan, call, undo).items():
+            module = model.get_submodule(name)
+            own = vars(module).get("forward")
+            if own is None:
+                undo.callback(vars(module).pop, "forward", None)
+            else:
+                undo.callback(setattr, module, "forward", own)
+            module.forward = forward
+        yield model
+
+
+def _forwards(
+    model: nn.Module, plan: Plan, call: Callable, undo: Undo
+) -> dict[str, Callable]:
+    """Make the forwards that run a plan's segments, by their modules' names."""
     forwards = {
         segment[0]: functools.partial(call, model.get_submodule(segment[0]).forward)
         for segment in plan.segments
         if len(segment) == 1
     }
-    for segment in listed_segments(model, plan):
-        modules = [model.get_submodule(name) for name in segment]
-        forwards |= _lists.joined_forwards(segment, modules, call)
     for parent, runs in runs_by_parent(model, plan).items():
         sequential = model.get_submodule(parent)
         forwards[parent] = functools.partial(_run_in_pieces, sequential, runs, call)
-    with contextlib.ExitStack() as undo:
-        for name, forward in forwards.items():
-            undo.enter_context(_replaced_forward(model.get_submodule(name), forward))
-        yield model
+    if listed := listed_segments(model, plan):
+        from helpers.checkpointing import _lists  # which most plans do not need
+
+        undo.callback(model.register_forward_hook(_lists.refuse_handed_on).remove)
+        for segment in listed:
+            forwards |= _lists.joined_forwards(model, segment, call)
+    return forwards
 
 
 def _run_in_pieces(
@@ -88,15 +124,27 @@ def _chained(modules: list[nn.Module]) -> Callable:
     return run
 
 
-@contextlib.contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Give one module another ``forward``; put back what was there, own or class's."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
+def _checked(context_fn: Callable, use_reentrant: bool) -> Callable:
+    """Wrap a ``context_fn`` so that its own faults are told as such.
+
+    Raises:
+        PlanFault: if it cannot be called, or is of no use where ``use_reentrant``;
+            from what is returned, if it fails or returns something else.
+    """
+    if not callable(context_fn):
+        raise PlanFault(f"context_fn={context_fn!r} is no function; {_RIGHT}")
+    if use_reentrant:
+        raise PlanFault("a context_fn has no place with use_reentrant=True")
+
+    def make_contexts() -> tuple:
+        try:
+            made = context_fn()
+        except Exception as error:
+            kind = type(error).__name__
+            raise PlanFault(f"context_fn fails, {kind}: {error}; {_RIGHT}") from None
+        pair = isinstance(made, tuple | list) and len(made) == 2
+        if not pair or not all(hasattr(type(one), "__exit__") for one in made):
+            raise PlanFault(f"context_fn returned {made!r}; {_RIGHT}")
+        return made
+
+    return make_contexts

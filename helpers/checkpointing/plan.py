@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from torch import nn
 
 
+class PlanFault(ValueError):
+    """A plan, or what it is applied with, is wrong for a model; says why."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which layers are checkpointed: a tuple of segments, each a tuple of names.

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint as theirs
 
+OLDEST = (2, 11)
+
 
 def checkpoint(function: Callable, *args, **options) -> object:
     """Call torch's ``checkpoint``, and end what it leaves behind if ``function`` fails.
@@ -31,7 +33,6 @@ def checkpoint(function: Callable, *args, **options) -> object:
 
 
 if TorchVersion(torch.__version__) >= (2, 13):
-    checkpoint = theirs
     all_gather, reduce_scatter = dist.all_gather_single, dist.reduce_scatter_single
 else:
     all_gather, reduce_scatter = (

@@ -2,19 +2,25 @@
 
 PyTorch's own autocast leaves meta tensors alone. Here every operator that a device's
 autocast knows gets a kernel that casts meta tensors as that device would. It lies on a
-dispatch key that no tensor has, so it is asked inside ``autocast_on_meta`` alone, and
+dispatch key that no tensor has, so it is asked inside ``as_on`` alone, and
 there above autograd, where autocast lies; checkpoint's recomputation is no exception.
 
 Source: aten/src/ATen/autocast_mode.h and autocast_mode.cpp.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
+from torch.library import Library
+
+from helpers.checkpointing import Undo
+from helpers.dry_run.kernels import shared
+
+_clear = torch.clear_autocast_cache
 
 _KEY = torch._C.DispatchKey.AutocastIPU
 _ONLY_KEY = torch._C.DispatchKeySet(_KEY)
@@ -22,7 +28,7 @@ _LISTS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 # What is done with an operator on a device's list, if it is not run in float32: it is
 # run in the lower precision, in the widest type that it is given, or its result is
 # asked for in float32.
-_LOWER = set(
+LOWER = set(
     "_convolution conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d "
     "conv_transpose3d convolution cudnn_convolution cudnn_convolution_transpose "
     "linear matmul mm addmm _addmm_activation mv addmv addr bmm baddbmm addbmm einsum "
@@ -31,14 +37,14 @@ _LOWER = set(
     "_native_multi_head_attention scaled_dot_product_attention "
     "_scaled_dot_product_flash_attention".split()
 )
-_WIDEST = {
+WIDEST = {
     "cpu": {"cat", "stack", "index_copy"},
     "cuda": set(
         "addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put "
         "tensordot scatter_add".split()
     ),
 }
-_RESULT = {
+RESULT = {
     "cpu": set(),
     "cuda": set(
         "prod softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm "
@@ -61,22 +67,17 @@ class _Autocast:
 _now: ContextVar[_Autocast | None] = ContextVar("autocast", default=None)
 
 
-@contextlib.contextmanager
-def autocast_on_meta(device: str) -> Iterator[None]:
-    """Inside this block, let ``torch.autocast("cpu", …)`` cast meta tensors.
+def cast_as_on(undo: Undo, device: str) -> None:
+    """Let ``torch.autocast("cpu", …)`` cast meta tensors, until a block's end.
 
     Args:
         device: "cpu" or "cuda", whose lists say what is cast.
     """
-    _install()
-    token = _now.set(_Autocast(device))
+    shared(undo, "casts", _Installed)
+    undo.callback(_now.reset, _now.set(_Autocast(device)))
+    undo.callback(torch.set_autocast_enabled, "ipu", False)
     torch.set_autocast_enabled("ipu", True)  # or the key would stay excluded
-    try:
-        with torch._C._IncludeDispatchKeyGuard(_KEY):
-            yield
-    finally:
-        torch.set_autocast_enabled("ipu", False)
-        _now.reset(token)
+    undo.enter_context(torch._C._IncludeDispatchKeyGuard(_KEY))
 
 
 def without_autocast(run: Callable) -> Callable:
@@ -89,32 +90,39 @@ def without_autocast(run: Callable) -> Callable:
     return run_as_it_is
 
 
-@functools.cache
-def _install() -> list[torch.library.Library]:
-    """Give every operator on a list its kernel, and let all others pass.
+class _Installed:
+    """A kernel for every operator on a list; all others pass.
 
-    Returns:
-        What has to be kept: the kernels end with the last reference to it.
+    With it, what ``torch.autocast`` calls at its end. Both end with this object.
     """
-    clear = torch.clear_autocast_cache
 
-    def clear_all() -> None:
-        if now := _now.get():
-            now.casts.clear()
-        clear()
+    def __init__(self) -> None:
+        weakref.finalize(self, setattr, torch, "clear_autocast_cache", _clear)
+        torch.clear_autocast_cache = _clear_all
+        self.others = Library("_", "IMPL", "AutocastIPU")
+        self.others.fallback(torch.library.fallthrough_kernel)
+        self.listed = Library("aten", "IMPL", "AutocastIPU")
+        for func, devices in _listed():
+            self.listed.impl(func, functools.partial(_call, func, devices))
 
-    torch.clear_autocast_cache = clear_all  # what torch.autocast calls at its end
-    others = torch.library.Library("_", "IMPL", "AutocastIPU")
-    others.fallback(torch.library.fallthrough_kernel)
-    listed = torch.library.Library("aten", "IMPL", "AutocastIPU")
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+
+def _clear_all() -> None:
+    if now := _now.get():
+        now.casts.clear()
+    _clear()
+
+
+@functools.cache
+def _listed() -> list[tuple[torch._ops.OpOverload, frozenset[str]]]:
+    """List the operators on a device's list, each with those devices."""
+    found, has_kernel = [], torch._C._dispatch_has_kernel_for_dispatch_key
     for name in torch._C._dispatch_get_all_op_names():
         devices = [kind for kind, key in _LISTS.items() if has_kernel(name, key)]
         if devices and name.startswith("aten::"):
             packet, _, overload = name.removeprefix("aten::").partition(".")
             func = getattr(getattr(torch.ops.aten, packet), overload or "default")
-            listed.impl(func, functools.partial(_call, func, frozenset(devices)))
-    return [others, listed]
+            found.append((func, frozenset(devices)))
+    return found
 
 
 def _call(func: torch._ops.OpOverload, devices: frozenset[str], *args, **kwargs):
@@ -124,12 +132,12 @@ def _call(func: torch._ops.OpOverload, devices: frozenset[str], *args, **kwargs)
         if now.device not in devices or not torch.is_autocast_enabled("cpu"):
             return func(*args, **kwargs)
         lower = torch.get_autocast_dtype("cpu")
-        if name in _RESULT[now.device]:
+        if name in RESULT[now.device]:
             if not _is_cast(args[0]) or _dtype_given(func, args, kwargs):
                 return func(*args, **kwargs)
             return func.overloadpacket(*args, **kwargs | {"dtype": torch.float32})
-        dtype = lower if name in _LOWER else torch.float32
-        if name in _WIDEST[now.device]:
+        dtype = lower if name in LOWER else torch.float32
+        if name in WIDEST[now.device]:
             dtype = torch.float32 if torch.float32 in _dtypes(args) else lower
         cast = functools.partial(_cast, now, dtype, dtype == lower)
         # The last one first, as compilers order a call's arguments on Linux: the casts'

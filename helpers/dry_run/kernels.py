@@ -5,39 +5,74 @@ keep different tensors for backward. On meta tensors PyTorch takes neither; here
 takes the ones of the device that a prediction is for.
 """
 
-import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+import threading
+import weakref
+from collections.abc import Callable
 
 import torch
+from torch.library import Library
 from torch.nn import functional as F
-from torch.utils.flop_counter import flop_registry
 
-_device = contextvars.ContextVar("device", default="cpu")
-_library = torch.library.Library("aten", "IMPL")
+from helpers.checkpointing import Undo
+
+# The device that is imagined; None outside of every prediction, as in other threads.
+imagined_device: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "imagined_device", default=None
+)
+_making = threading.RLock()
+_alive: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()
 _aten = torch.ops.aten
 
 
-@contextlib.contextmanager
-def kernels_of(device: str) -> Iterator[None]:
-    """Choose the kernels that a step on ``device`` would run ("cpu" or "cuda")."""
-    token = _device.set(device)
-    try:
-        yield
-    finally:
-        _device.reset(token)
+def shared(undo: Undo, name: str, make: Callable[[], object]) -> None:
+    """Hold what ``make`` makes until a block's end, together with all who hold it.
+
+    It acts on the whole process, so that it is made by the first of several threads,
+    and undoes itself when the last one lets go.
+    """
+    with _making:
+        held: list[object] = []  # nobody else may hold it, nor an error's traceback
+        undo.callback(_let_go, held)
+        held.append(_alive.get(name) or make())
+        _alive[name] = held[0]
 
 
-@torch.library.impl(_library, "dropout", "AutogradMeta")
+def _let_go(held: list[object]) -> None:
+    with _making:
+        held.clear()
+
+
+def choose_kernels(undo: Undo, device: str) -> None:
+    """Choose the kernels that a step on ``device`` would run, until a block's end."""
+    shared(undo, "kernels", _registered)
+    undo.callback(imagined_device.reset, imagined_device.set(device))
+
+
+def _registered() -> Library:
+    """Register what meta tensors are to run; it ends with the library."""
+    library = Library("aten", "IMPL", "AutogradMeta")
+    library.impl("dropout", _dropout)
+    library.impl("scaled_dot_product_attention", _attention)
+    return library
+
+
+def _as_ever(func: torch._ops.OpOverload, *args, **kwargs) -> torch.Tensor:
+    """Run what meta tensors run without us: in a thread that imagines no device."""
+    return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+
+
 def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
     """Drop out on meta tensors alone, as the CPU or as CUDA's fused kernel does it.
 
     The fused one keeps a bool mask, 1 byte an element, where a CPU keeps a float one.
     Source: ``is_fused_kernel_acceptable`` in aten/src/ATen/native/Dropout.cpp.
     """
+    if imagined_device.get() is None:
+        return _as_ever(_aten.dropout.default, input, p, train)
     if not train or p == 0:
         return input
-    if _device.get() == "cuda" and p < 1:
+    if imagined_device.get() == "cuda" and p < 1:
         return torch.native_dropout(input, p, train)[0]
     noise = torch.empty_like(input).bernoulli_(1 - p)
     return input * (noise.div_(1 - p) if p < 1 else noise)
@@ -47,15 +82,7 @@ def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
 
 _HALVES = (torch.float16, torch.bfloat16)
 
-# PyTorch counts the FLOPs of CUDA's fused attention, but not of the CPU's.
-for _step in ("", "_backward"):
-    flop_registry.setdefault(
-        getattr(_aten, f"_scaled_dot_product_flash_attention_for_cpu{_step}"),
-        flop_registry[getattr(_aten, f"_scaled_dot_product_flash_attention{_step}")],
-    )
 
-
-@torch.library.impl(_library, "scaled_dot_product_attention", "AutogradMeta")
 def _attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options
 ) -> torch.Tensor:
@@ -64,9 +91,13 @@ def _attention(
     Source: ``scaled_dot_product_attention`` in native/transformers/attention.cpp.
     """
     arguments = (query, key, value, attn_mask, dropout_p, is_causal)
+    if imagined_device.get() is None:
+        return _as_ever(
+            _aten.scaled_dot_product_attention.default, *arguments, **options
+        )
     kernel = _fused_kernel(*arguments)
     if kernel is None or options.get("enable_gqa"):
-        composite = torch.ops.aten.scaled_dot_product_attention.default
+        composite = _aten.scaled_dot_product_attention.default
         return composite.decompose(*arguments, **options)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         zero, never = (
@@ -91,7 +122,7 @@ def _fused_kernel(
     if plain or any(tensor.stride(-1) != 1 for tensor in (query, key, value)):
         return None
     switches = torch.backends.cuda  # which a CPU obeys, too
-    if _device.get() == "cpu":
+    if imagined_device.get() == "cpu":
         dense = query.shape[:2] == key.shape[:2] == value.shape[:2]
         fits = dense and len(heads) == 1 and dropout_p == 0
         return _cpu_flash if fits and switches.flash_sdp_enabled() else None
@@ -106,7 +137,7 @@ def _fused_kernel(
 
 
 def _cpu_flash(query, key, value, attn_mask, dropout_p, is_causal, scale):
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    return _aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )[0]
 
@@ -116,7 +147,7 @@ def _cuda_flash(query, key, value, attn_mask, dropout_p, is_causal, scale):
     inputs = query, key, value
     if size % 8:
         inputs = [F.pad(tensor, (0, 8 - size % 8)) for tensor in inputs]
-    return torch.ops.aten._scaled_dot_product_flash_attention(
+    return _aten._scaled_dot_product_flash_attention(
         *inputs, dropout_p, is_causal, scale=scale or size**-0.5
     )[0][..., :size]
 
@@ -129,7 +160,7 @@ def _efficient(query, key, value, attn_mask, dropout_p, is_causal, scale):
             attn_mask = F.pad(attn_mask, (0, -columns % 16))[..., :columns]
         attn_mask = attn_mask.expand(*query.shape[:3], columns)
     keeps = any(tensor.requires_grad for tensor in inputs) and torch.is_grad_enabled()
-    return torch.ops.aten._scaled_dot_product_efficient_attention(
+    return _aten._scaled_dot_product_efficient_attention(
         *inputs, attn_mask, keeps, dropout_p, is_causal, scale=scale
     )[0]
 

@@ -1,78 +1,89 @@
 """A memory limit for a CPU: an operator that would pass it is refused.
 
-A CPU's allocator knows no limit, so the tracker's count takes its place: a storage
-counts from the moment that it is made, or that an operator first reads it, in blocks
-of 512 B. What an operator will make is known before it runs, by its shapes alone, so
-that nothing above the limit is ever there.
+A CPU's allocator knows no limit, so a tracker's count takes its place: a storage counts
+from the moment that it is made, or that an operator first reads it, in blocks of 512 B.
+What an operator will make is known before it runs, by its shapes alone, so that nothing
+above the limit is ever there.
 """
 
 import collections
 import contextlib
 import gc
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from helpers.dry_run import RememberedShapes
-from helpers.timeline import Allocation, Tracker, state_tensors, tensors_in
-from helpers.timeline.tracker import LIFT_FRESH, call
+from helpers.checkpointing import Undo
+from helpers.dry_run import SHAPES
+from helpers.timeline import (
+    Allocation,
+    Observer,
+    Tracker,
+    counting,
+    state_tensors,
+    tensors_in,
+)
+from helpers.timeline.tracker import LIFT_FRESH
 from helpers.units import format_bytes, round_to_block
 
 _in_force: ContextVar[tuple["CpuLimit", ...]] = ContextVar("in_force", default=())
-is_counted: ContextVar[bool] = ContextVar("is_counted", default=True)
-_shapes = RememberedShapes()
-# No operator reads their state before their step, and it counts in backward as well.
-_optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-register_optimizer_step_post_hook(lambda optimizer, *_: _optimizers.add(optimizer))
 
 
-class CpuLimit(Tracker):
+class CpuLimit(Observer):
     """Counts what is alive on the CPU, and refuses what would pass a limit.
 
     Args:
-        optimizers: whose state counts with a model's parameters; default: all that are
-            alive.
+        optimizers: whose state counts with a model's parameters: no operator reads it
+            before their step, and it is there in backward as well.
     """
 
     def __init__(
-        self,
-        limit_bytes: int,
-        optimizers: Iterable[torch.optim.Optimizer] = _optimizers,
+        self, limit_bytes: int, optimizers: Iterable[torch.optim.Optimizer]
     ) -> None:
-        super().__init__(nn.Module(), frozenset({"cpu"}), self._run_if_it_fits)
-        self.limit_bytes = limit_bytes
-        self.optimizers = optimizers
-        self.held_bytes = 0
-        self.counting = True
-        self.fixed_bytes = 0  # parameters with their gradients: no step needs less
-        self.entered: nn.Module | None = None  # a model whose forward begins
+        self.limit_bytes, self.optimizers = limit_bytes, weakref.WeakSet(optimizers)
+        self.tracker = Tracker(nn.Module(), frozenset({"cpu"}), observers=[self])
         # A limit may last for many steps, and nobody reads their history.
-        self.log = collections.deque(maxlen=0)
-        self.before = collections.deque(maxlen=0)
+        self.tracker.log = collections.deque(maxlen=0)
+        self.tracker.before = collections.deque(maxlen=0)
+        self.held_bytes = 0
+        self.fixed_bytes = 0  # parameters with their gradients: no step needs less
+        self.model: nn.Module | None = None  # whose forward begins
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not self.counting:
-            return func(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)
+    def entered(self, module: nn.Module) -> None:
+        """Begin another forward pass; another may have failed in any place."""
+        tracker = self.tracker
+        tracker.in_optimizer = False
+        tracker.names = {id(part): name for name, part in module.named_modules()}
+        tracker.module_of_node.clear()
+        self.model = module
 
-    def _run_if_it_fits(self, func: Callable, args: tuple, kwargs: dict) -> object:
-        if self.entered is not None:
-            model, self.entered = self.entered, None
-            self._expect_model(model)
+    def before(self, func: Callable, args: tuple, kwargs: dict) -> None:
+        """Refuse an operator that would make too much."""
+        if self.model is not None:
+            model, self.model = self.model, None
+            self._expect(model)
         if func is not LIFT_FRESH:
-            self._notice(args, self._phase())
+            self.tracker.notice(args, self.tracker.phase)
         wanted_bytes = _new_bytes(func, args, kwargs)
         if self.held_bytes + wanted_bytes > self.limit_bytes:
-            self._refuse(func.overloadpacket.__name__, self._module(), wanted_bytes)
-        return call(func, args, kwargs)
+            op = func.overloadpacket.__name__
+            self._refuse(op, self.tracker.module, wanted_bytes)
 
-    def _expect_model(self, model: nn.Module) -> None:
+    def allocating(self, allocation: Allocation) -> None:
+        """Count a storage, which its operator's shapes may not have told."""
+        if allocation.phase != "before":
+            if self.held_bytes + allocation.bytes > self.limit_bytes:
+                self._refuse(allocation.op, allocation.module, allocation.bytes)
+        self.held_bytes += allocation.bytes
+
+    def freed(self, allocation: Allocation) -> None:
+        """Count a storage no longer."""
+        self.held_bytes -= allocation.bytes
+
+    def _expect(self, model: nn.Module) -> None:
         """Count a whole model, and its optimizer, before its first operator runs."""
         parameters = set(model.parameters())
         states = [
@@ -82,40 +93,17 @@ class CpuLimit(Tracker):
             for tensor in state_tensors(optimizer)
         ]
         trained = [parameter for parameter in parameters if parameter.requires_grad]
-        self.expect("parameter", [*parameters, *model.buffers()])
-        self.expect("optimizer_state", states)
+        self.tracker.expect("parameter", [*parameters, *model.buffers()])
+        self.tracker.expect("optimizer_state", states)
         self.fixed_bytes = sum(
             round_to_block(tensor.untyped_storage().nbytes())
             for tensor in (*parameters, *trained, *states)
-            if tensor.device.type in self.devices
+            if tensor.device.type == "cpu"
         )
-
-    def _enter_module(self, module: nn.Module, args: tuple) -> None:
-        if threading.get_ident() == self.thread and self.counting:
-            if len(self.modules) == 1 and torch._C._current_graph_task_id() == -1:
-                self.in_optimizer = False  # its step may have failed
-                self.names = {id(part): name for name, part in module.named_modules()}
-                self.module_of_node.clear()  # of forward passes that are over
-                self.entered = module
-        super()._enter_module(module, args)
-
-    def _watch(
-        self, storage: torch.UntypedStorage, tensor: torch.Tensor, phase: str, *made
-    ) -> Allocation:
-        n_bytes = round_to_block(storage.nbytes())
-        # It is there already where its operator's shapes did not tell.
-        if phase != "before" and self.held_bytes + n_bytes > self.limit_bytes:
-            self._refuse(*made, n_bytes)
-        self.held_bytes += n_bytes
-        return super()._watch(storage, tensor, phase, *made)
-
-    def _freed(self, address: int, reference: weakref.ref) -> None:
-        self.held_bytes -= self.alive[address].bytes
-        super()._freed(address, reference)
 
     def _refuse(self, op: str, module: str, wanted_bytes: int) -> None:
         """Say in one sentence who wanted how much, what is alive, what is allowed."""
-        wants, phase = "", self._phase()
+        wants, phase = "", self.tracker.phase
         if wanted_bytes:
             where = f"{op} in {module}" if module else op
             wants = f"{where} ({phase}) wants {format_bytes(wanted_bytes)}, "
@@ -130,28 +118,17 @@ class CpuLimit(Tracker):
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
         """Refuse, inside the block, what passes the limit."""
-        if self.optimizers:
-            gc.collect()  # some may be there only because they refer to themselves
-        token = _in_force.set((*_in_force.get(), self))
-        try:
-            with self.watching():
-                yield
-        finally:
-            _in_force.reset(token)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the operators alone inside the block."""
-        on_top = _get_current_dispatch_mode() is self
-        self.counting = False
-        if on_top:  # else whoever came later goes on, and asks in vain
-            self.__exit__(None, None, None)
-        try:
+        with Undo() as undo:
+            undo.callback(_in_force.reset, _in_force.set((*_in_force.get(), self)))
+            undo.enter_context(self.tracker.watching(alone=False))
             yield
-        finally:
-            if on_top:
-                self.__enter__()
-            self.counting = True
+
+
+def living_optimizers() -> list[torch.optim.Optimizer]:
+    """List the optimizers that are there, but for those that only hold themselves."""
+    gc.collect()
+    kind = torch.optim.Optimizer
+    return [found for found in gc.get_objects() if issubclass(type(found), kind)]
 
 
 def limit_in_force() -> int | None:
@@ -165,25 +142,19 @@ def uncounted() -> Iterator[None]:
 
     May be used as a decorator.
     """
-    token = is_counted.set(False)
-    try:
-        with contextlib.ExitStack() as stack:
-            for limit in reversed(_in_force.get()):
-                if limit.counting:
-                    stack.enter_context(limit.paused())
-            yield
-    finally:
-        is_counted.reset(token)
+    with Undo() as undo:
+        undo.callback(counting.reset, counting.set(()))
+        yield
 
 
 @contextlib.contextmanager
 def counted_anew(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
     """Hold one step alone to the limit in force, with no more than its optimizer."""
     limit_bytes = limit_in_force()
-    with uncounted(), contextlib.ExitStack() as stack:
+    with uncounted(), Undo() as undo:
         if limit_bytes is not None:
             limit = CpuLimit(limit_bytes, [optimizer] if optimizer else [])
-            stack.enter_context(limit.holding())
+            undo.enter_context(limit.holding())
         yield
 
 
@@ -221,7 +192,7 @@ def _new_bytes(func: Callable, args: tuple, kwargs: dict) -> int:
     args = on_meta(args)
     kwargs = {name: on_meta(value) for name, value in kwargs.items()}
     try:
-        made = list(tensors_in(_shapes(func, args, kwargs)))
+        made = list(tensors_in(SHAPES(func, args, kwargs)))
     except Exception:  # if anything is wrong, the operator itself will say so
         return 0
     storages = [tensor.untyped_storage() for tensor in made]

@@ -136,13 +136,6 @@ def random_numbers_kept() -> contextlib.AbstractContextManager:
     return torch.random.fork_rng(range(torch.cuda.device_count()))
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an allocator, CUDA's or the CPU's, refused."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
-
-
 def memory_bytes(device: str) -> int:
     """Tell how much memory a step can have: what a limit in force allows, if there is
     one, or else all of the GPU's, or what the machine has left.

@@ -9,8 +9,11 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from helpers.measure._cpu_limit import CpuLimit, is_counted
-from helpers.measure.device import free_memory, is_out_of_memory, usable_device
+from helpers.checkpointing import Undo
+from helpers.measure._cpu_limit import CpuLimit, living_optimizers
+from helpers.measure.device import free_memory, usable_device
+from helpers.measure.step import is_out_of_memory
+from helpers.timeline import counting
 from helpers.units import format_bytes
 
 
@@ -45,14 +48,26 @@ class memory_limit:
             )
         self.limit_bytes = int(limit_bytes)
         self.device = usable_device(nn.Module(), device)
-        self._block = contextlib.ExitStack()
+        self._block = Undo()
+        self._without_gradient: set[nn.Parameter] = set()  # when their forward began
 
     def __enter__(self) -> None:
         held_to = _cuda_limit if self.device == "cuda" else _cpu_limit
-        with contextlib.ExitStack() as block:
-            self._without_gradient = block.enter_context(_without_gradient())
+        self._without_gradient.clear()
+        with Undo() as block:
+            block.callback(counting.reset, counting.set((*counting.get(), self)))
+            block.callback(register_module_forward_pre_hook(self._note).remove)
             block.enter_context(held_to(self.limit_bytes))
             self._block = block.pop_all()
+
+    def _note(self, module: nn.Module, args: tuple) -> None:
+        """Note the parameters that have no gradient when their forward begins."""
+        if self in counting.get() and torch._C._current_graph_task_id() == -1:
+            for parameter in module.parameters(recurse=False):
+                if parameter.grad is None:
+                    self._without_gradient.add(parameter)
+                else:
+                    self._without_gradient.discard(parameter)
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
         self._block.__exit__(kind, error, trace)
@@ -71,7 +86,7 @@ class memory_limit:
 
 
 def _cpu_limit(limit_bytes: int) -> contextlib.AbstractContextManager:
-    return CpuLimit(limit_bytes).holding()
+    return CpuLimit(limit_bytes, living_optimizers()).holding()
 
 
 @contextlib.contextmanager
@@ -91,26 +106,6 @@ def _cuda_limit(limit_bytes: int) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(before)
-
-
-@contextlib.contextmanager
-def _without_gradient() -> Iterator[set[nn.Parameter]]:
-    """Collect the parameters that have no gradient when their forward begins."""
-    parameters: set[nn.Parameter] = set()
-
-    def note(module: nn.Module, args: tuple) -> None:
-        if is_counted.get() and torch._C._current_graph_task_id() == -1:
-            for parameter in module.parameters(recurse=False):
-                if parameter.grad is None:
-                    parameters.add(parameter)
-                else:
-                    parameters.discard(parameter)
-
-    hook = register_module_forward_pre_hook(note)
-    try:
-        yield parameters
-    finally:
-        hook.remove()
 
 
 def largest_batch(fits: Callable[[int], bool], at_most: int = 2**24) -> int:

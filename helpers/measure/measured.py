@@ -9,7 +9,8 @@ import contextlib
 import dataclasses
 import random
 import statistics
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -19,7 +20,6 @@ from helpers.measure._cpu_limit import counted_anew, uncounted
 from helpers.measure.device import (
     allocator_bytes,
     free_memory,
-    is_out_of_memory,
     left_as_found,
     memory_bytes,
     placed,
@@ -29,8 +29,42 @@ from helpers.measure.device import (
 )
 from helpers.measure.predicted import OptimizerFactory, predict, report_of
 from helpers.measure.report import StepReport
-from helpers.measure.step import Loss, time_step_ms, training_step
+from helpers.measure.step import (
+    Loss,
+    is_out_of_memory,
+    time_step_ms,
+    training_step,
+)
 from helpers.timeline import record_timeline
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How steps are run and measured: see ``measure``, whose options these are."""
+
+    loss: Loss | None = None
+    optimizer: OptimizerFactory | None = None
+    autocast: torch.dtype | None = None
+    device: str | None = None
+    repeats: int = 10
+    warmup: int = 2
+    shuffle: random.Random | None = None  # puts each round's plans in another order
+    checkpoint: Mapping[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, **options: object) -> "Setting":
+        """Make a setting of options; what is none of its is ``checkpointed``'s."""
+        own = {f.name for f in dataclasses.fields(cls)} - {"checkpoint"}
+        others = {name: options.pop(name) for name in options.keys() - own}
+        return cls(**options, checkpoint=others)
+
+    def predicted(
+        self, model: nn.Module, batch: object, plan: Plan, device: str
+    ) -> StepReport:
+        """Predict the step that is to be measured."""
+        step = {"loss": self.loss, "optimizer": self.optimizer}
+        step |= {"autocast": self.autocast, **self.checkpoint}
+        return predict(model, batch, plan, device=device, **step)
 
 
 def measure(
@@ -62,18 +96,9 @@ def measure(
         torch.OutOfMemoryError: if the step does not fit into the device's memory;
             says how much it needs. The memory is free again.
     """
-    (report,) = measure_plans(
-        model,
-        batch,
-        [plan],
-        loss=loss,
-        optimizer=optimizer,
-        autocast=autocast,
-        device=device,
-        repeats=repeats,
-        warmup=warmup,
-        **checkpoint_options,
-    )
+    step = {"loss": loss, "optimizer": optimizer, "autocast": autocast}
+    run = {"device": device, "repeats": repeats, "warmup": warmup}
+    (report,) = measure_plans(model, batch, [plan], **step, **run, **checkpoint_options)
     return report
 
 
@@ -82,35 +107,17 @@ def measure_plans(
     batch: object,
     plans: Sequence[Plan],
     *,
-    loss: Loss | None = None,
-    optimizer: OptimizerFactory | None = None,
-    autocast: torch.dtype | None = None,
-    device: str | None = None,
-    repeats: int = 10,
-    warmup: int = 2,
     between_steps: Callable[[], None] = lambda: None,
-    shuffle: random.Random | None = None,
-    **checkpoint_options,
+    **options,
 ) -> list[StepReport]:
     """Measure several plans in one interleaved run, so that times can be compared.
 
-    Args and errors: as ``measure``.
+    Args:
         between_steps: called before each step; may raise to end the measurement.
-        shuffle: puts the plans of each round of timed steps in an order of its own.
+        options: as in ``measure``; and ``shuffle``, a ``random.Random`` that puts the
+            plans of each round of timed steps in an order of its own.
     """
-    measuring = measuring_plans(
-        model,
-        batch,
-        plans,
-        loss=loss,
-        optimizer=optimizer,
-        autocast=autocast,
-        device=device,
-        repeats=repeats,
-        warmup=warmup,
-        shuffle=shuffle,
-        **checkpoint_options,
-    )
+    measuring = measuring_plans(model, batch, plans, **options)
     while True:
         try:
             next(measuring)
@@ -123,38 +130,22 @@ def measure_plans(
 
 
 def measuring_plans(
-    model: nn.Module,
-    batch: object,
-    plans: Sequence[Plan],
-    *,
-    loss: Loss | None = None,
-    optimizer: OptimizerFactory | None = None,
-    autocast: torch.dtype | None = None,
-    device: str | None = None,
-    repeats: int = 10,
-    warmup: int = 2,
-    shuffle: random.Random | None = None,
-    **checkpoint_options,
+    model: nn.Module, batch: object, plans: Sequence[Plan], **options
 ) -> Generator[None, None, list[StepReport]]:
     """Measure as ``measure_plans`` does, one training step for each ``next``.
 
     Whoever calls can do other things between steps, or ``close`` the measurement: the
     model is put back then too. The reports are the generator's return value.
     """
-    device = usable_device(model, device)
-    settings = {"loss": loss, "optimizer": optimizer, "autocast": autocast}
-    settings |= checkpoint_options
+    setting = Setting.of(**options)
+    device = usable_device(model, setting.device)
     needed_bytes, fixed_bytes = max(
-        _needed_bytes(model, batch, plan, device, settings) for plan in plans
+        _needed_bytes(model, batch, plan, device, setting) for plan in plans
     )
     if needed_bytes > memory_bytes(device):
         raise torch.OutOfMemoryError(too_large(device, needed_bytes, fixed_bytes))
     try:
-        return (
-            yield from _steps(
-                model, batch, plans, device, repeats, warmup, shuffle, **settings
-            )
-        )
+        return (yield from _steps(model, batch, plans, device, setting))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -168,68 +159,84 @@ def _steps(
     batch: object,
     plans: Sequence[Plan],
     device: str,
-    repeats: int,
-    warmup: int,
-    shuffle: random.Random | None,
-    *,
-    loss: Loss | None,
-    optimizer: OptimizerFactory | None,
-    autocast: torch.dtype | None,
-    **checkpoint_options,
+    setting: Setting,
 ) -> Generator[None, None, list[StepReport]]:
-    """Run the steps of ``measuring_plans``, one for each ``next``."""
+    """Run the steps, and put the model back."""
     model, batch = placed(model, batch, device)
-    with left_as_found(model, trains=optimizer is not None):
-        made = optimizer(model.parameters()) if optimizer else None
-        step = training_step(model, batch, loss, made, autocast)
-
-        @contextlib.contextmanager
-        def applied(plan: Plan) -> Iterator[None]:
-            with uncounted(), random_numbers_kept(), torch.enable_grad():
-                with checkpointed(model, plan, **checkpoint_options):
-                    yield
-
-        reports = []
+    with left_as_found(model, trains=setting.optimizer is not None):
+        run, reports = _Run(model, batch, device, setting), []
         for plan in plans:
-            for _ in range(max(1, warmup)):
-                yield
-                with applied(plan), counted_anew(made):
-                    step()
-            yield
-            with applied(plan):
-                timeline = record_timeline(step, model, batch=batch, optimizer=made)
-            report = report_of(timeline, plan, device, "measured")
-            if device == "cuda":
-                yield
-                with applied(plan):
-                    state = list(made.state.values()) if made else []
-                    counted = allocator_bytes(step, model, batch, state)
-                report = dataclasses.replace(report, **counted)
-            reports.append(report)
-        samples: list[list[float]] = [[] for _ in plans]
-        one_round = list(zip(plans, samples, strict=True))
-        for _ in range(repeats):
-            if shuffle:
-                shuffle.shuffle(one_round)
-            for plan, times in one_round:
-                yield
-                with applied(plan):
-                    times.append(time_step_ms(step, device))
+            reports.append((yield from run.bytes_of(plan)))
+        times = yield from run.times_of(plans)
     return [
-        dataclasses.replace(report, **_summary(times))
-        for report, times in zip(reports, samples, strict=True)
+        dataclasses.replace(report, **_summary(times_ms))
+        for report, times_ms in zip(reports, times, strict=True)
     ]
 
 
+class _Run:
+    """The steps of a measurement, one for each ``next`` of its generators."""
+
+    def __init__(
+        self, model: nn.Module, batch: object, device: str, setting: Setting
+    ) -> None:
+        self.model, self.batch, self.device = model, batch, device
+        self.setting, loss = setting, setting.loss
+        made = setting.optimizer
+        self.optimizer = made = made(model.parameters()) if made else None
+        self.step = training_step(model, batch, loss, made, setting.autocast)
+
+    @contextlib.contextmanager
+    def applied(self, plan: Plan) -> Iterator[None]:
+        """Apply a plan for one step, which belongs to nobody else."""
+        with uncounted(), random_numbers_kept(), torch.enable_grad():
+            with checkpointed(self.model, plan, **self.setting.checkpoint):
+                yield
+
+    def bytes_of(self, plan: Plan) -> Generator[None, None, StepReport]:
+        """Count a step's bytes, after steps that warm up."""
+        model, batch, made = self.model, self.batch, self.optimizer
+        for _ in range(max(1, self.setting.warmup)):
+            yield
+            with self.applied(plan), counted_anew(made):
+                self.step()
+        yield
+        with self.applied(plan):
+            timeline = record_timeline(self.step, model, batch=batch, optimizer=made)
+        report = report_of(timeline, plan, self.device, "measured")
+        if self.device == "cuda":
+            yield
+            with self.applied(plan):
+                state = list(made.state.values()) if made else []
+                counted = allocator_bytes(self.step, model, batch, state)
+            report = dataclasses.replace(report, **counted)
+        return report
+
+    def times_of(
+        self, plans: Sequence[Plan]
+    ) -> Generator[None, None, list[list[float]]]:
+        """Time each plan's steps, in turns."""
+        samples: list[list[float]] = [[] for _ in plans]
+        one_round = list(zip(plans, samples, strict=True))
+        for _ in range(self.setting.repeats):
+            if self.setting.shuffle:
+                self.setting.shuffle.shuffle(one_round)
+            for plan, times in one_round:
+                yield
+                with self.applied(plan):
+                    times.append(time_step_ms(self.step, self.device))
+        return samples
+
+
 def _needed_bytes(
-    model: nn.Module, batch: object, plan: Plan, device: str, settings: dict
+    model: nn.Module, batch: object, plan: Plan, device: str, setting: Setting
 ) -> tuple[int, int]:
     """Predict the peak, and the part of it that no batch and no plan can change.
 
     0 for a step that looks at values, which meta tensors lack.
     """
     try:
-        report = predict(model, batch, plan, device=device, **settings)
+        report = setting.predicted(model, batch, plan, device)
     except (RuntimeError, ValueError) as error:
         if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
             return 0, 0

@@ -4,32 +4,20 @@ The same step is run as a device runs it, so that shapes and lifetimes, and with
 the bytes, are the same.
 """
 
-import contextlib
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from helpers.allocator import scratch_on
 from helpers.checkpointing import Plan, checkpointed
-from helpers.dry_run import (
-    RememberedShapes,
-    kernels_of,
-    like_cuda,
-    meta_batch,
-    meta_model,
-)
-from helpers.dry_run.autocast import autocast_on_meta, without_autocast
-from helpers.measure._cpu_limit import uncounted
+from helpers.dry_run import as_on, meta_batch, meta_model
 from helpers.measure.report import StepReport
 from helpers.measure.step import Loss, training_step
-from helpers.timeline import Timeline, record_timeline
+from helpers.timeline import Timeline
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
-_shapes = RememberedShapes()
 
 
-@uncounted()
 def predict(
     model_or_factory: nn.Module | Callable[[], nn.Module],
     batch: object,
@@ -59,28 +47,15 @@ def predict(
     Raises:
         ValueError: if the plan, the batch or the device does not fit.
     """
-    device = torch.device(device).type
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"predict knows 'cpu' and 'cuda', not {device!r}")
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with as_on(device, autocast) as imagined:
         model, batch = meta_model(model_or_factory), meta_batch(batch)
-        made = optimizer(model.parameters()) if optimizer else None
-        if made and device == "cuda":
-            like_cuda(made)
+        made = imagined.optimizer(optimizer, model)
         step = training_step(model, batch, loss, made, autocast)
-        # What the host keeps, an optimizer's step count say, is no GPU memory.
-        devices = ("meta",) if device == "cuda" else ("meta", "cpu")
-        record = {"batch": batch, "optimizer": made, "devices": devices}
-        record |= {"run": _shapes, "scratch": scratch_on(device)}
-        cast = contextlib.nullcontext()
-        if autocast:
-            cast, record["run"] = autocast_on_meta(device), without_autocast(_shapes)
-        with checkpointed(model, plan, **checkpoint_options), kernels_of(device), cast:
-            if made:
-                record_timeline(step, model, **record)  # makes the optimizer's state
-            timeline = record_timeline(step, model, **record)
+        with checkpointed(model, plan, **checkpoint_options):
+            for _ in range(2 if made else 1):  # the first makes the optimizer's state
+                timeline = imagined.record(step, model, batch, made)
         model.zero_grad(set_to_none=True)
-    return report_of(timeline, plan, device, "predicted")
+    return report_of(timeline, plan, imagined.device, "predicted")
 
 
 def report_of(timeline: Timeline, plan: Plan, device: str, source: str) -> StepReport:

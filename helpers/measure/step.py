@@ -1,20 +1,13 @@
 """One training step, as every number in this workbook means it."""
 
 import contextlib
-import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from helpers.checkpointing import (
-    ContextFault,
-    NoSegment,
-    policy_failed,
-    refuse_handed_on,
-)
-from helpers.measure.device import is_out_of_memory
+from helpers.checkpointing import PlanFault
 from helpers.timeline import tensors_in
 
 Loss = Callable[..., torch.Tensor]
@@ -47,43 +40,58 @@ def training_step(
     Raises:
         ValueError: if the batch is no such pair; from the step, a Misfit.
     """
-    if isinstance(batch, torch.Tensor | dict):
-        x, targets = batch, ()
-    elif isinstance(batch, tuple | list) and len(batch) == 2:
-        x, targets = batch[0], (batch[1],)
-    else:
-        raise ValueError("a batch is a tensor x or a pair (x, target)")
+    x, targets = _parts(batch)
     if autocast not in (None, torch.bfloat16, torch.float16):
         raise ValueError(
             f"autocast is torch.bfloat16, torch.float16 or None, not {autocast!r}"
         )
-    if loss is None:
-        loss = _cross_entropy if targets else _total
+    loss = loss or (_cross_entropy if targets else _total)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
         for tensor in tensors_in([x, *targets]):
             if tensor.is_leaf:
                 tensor.grad = None
-        try:
-            with _precision([x, *targets], autocast):
-                output = model(**x) if isinstance(x, dict) else model(x)
-                refuse_handed_on(output)
-                value = loss(output, *targets)
-        except (RuntimeError, TypeError, ValueError) as error:
-            if is_out_of_memory(error) or isinstance(error, NotImplementedError):
-                raise
-            raise Misfit(_misfit(error, model, x, targets)) from None
-        if not value.requires_grad:
-            raise Misfit(
-                "the loss does not depend on anything that requires a gradient, so "
-                "there is no backward pass to look at"
-            )
+        # The output stays until the step is over, as in a loop written by hand.
+        output, value = _forward(model, x, targets, loss, autocast)
         torch.autograd.backward(value)
         if optimizer:
             optimizer.step()
 
     return step
+
+
+def _parts(batch: object) -> tuple[object, tuple]:
+    """Part the model's input from the target, which may be none."""
+    if isinstance(batch, torch.Tensor | dict):
+        return batch, ()
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], (batch[1],)
+    raise ValueError("a batch is a tensor x or a pair (x, target)")
+
+
+def _forward(
+    model: nn.Module,
+    x: object,
+    targets: tuple,
+    loss: Loss,
+    autocast: torch.dtype | None,
+) -> tuple[object, torch.Tensor]:
+    """Run forward and loss; a failure of theirs says where it was."""
+    try:
+        with _precision([x, *targets], autocast):
+            output = model(**x) if isinstance(x, dict) else model(x)
+            value = loss(output, *targets)
+    except (RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error) or isinstance(error, NotImplementedError):
+            raise
+        raise Misfit(_misfit(error, model, x, targets)) from None
+    if not value.requires_grad:
+        raise Misfit(
+            "the loss does not depend on anything that requires a gradient, so "
+            "there is no backward pass to look at"
+        )
+    return output, value
 
 
 def _precision(
@@ -133,47 +141,16 @@ def time_step_ms(step: Callable[[], object], device: str) -> float:
 
 def _misfit(error: Exception, model: nn.Module, x: object, targets: tuple) -> str:
     """Say which layer refused the batch, and why."""
-    if isinstance(error, ContextFault | NoSegment):
+    if isinstance(error, PlanFault):
         return str(error)
     where = failing_layer(error, model) or "the loss"
     shapes = " and target ".join(_shapes(part) for part in (x, *targets))
     reason = str(error).strip().splitlines()[0].rstrip(".")
-    if policy_failed(error):
-        kind = type(error).__name__
-        return (
-            f"the policy of context_fn fails at {where}, {kind}: {reason}; it is "
-            "called as policy(ctx, op, *args, **kwargs)"
-        )
-    stuck = next(_calling_another(model), None) if "device" in reason else None
-    if stuck is not None:
-        return (
-            f"the forward of {repr(stuck) if stuck else 'the model'} is a function "
-            "that refers to the model, so that its copy, which is run here, calls the "
-            "original; store types.MethodType(function, module) there, or give a "
-            "function that makes the model"
-        )
     if "meta tensor" in reason:
         return (
             f"{where} looks at values, and a prediction has none ({reason}); measure it"
         )
     return f"a batch of shape {shapes} does not fit this model at {where}: {reason}"
-
-
-def _calling_another(model: nn.Module) -> Iterator[str]:
-    """Name modules on which a function is stored that refers to another model.
-
-    Copies of a model share such functions, and what these refer to is not copied.
-    """
-    own = {*map(id, model.modules())}
-    for name, module in model.named_modules():
-        forward = vars(module).get("forward")
-        for function in (forward, *getattr(forward, "args", ())):  # in a checkpoint
-            if inspect.isfunction(function):
-                scope = inspect.getclosurevars(function)
-                values = [*scope.nonlocals.values(), *scope.globals.values()]
-                owners = [getattr(value, "__self__", value) for value in values]
-                if any(isinstance(o, nn.Module) and id(o) not in own for o in owners):
-                    yield name
 
 
 def failing_layer(error: Exception, model: nn.Module) -> str:
@@ -193,3 +170,10 @@ def _shapes(part: object) -> str:
     if isinstance(part, dict):
         return ", ".join(f"{name}: {_shapes(value)}" for name, value in part.items())
     return str(tuple(getattr(part, "shape", ())))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an allocator, CUDA's or the CPU's, refused."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )

@@ -1,23 +1,27 @@
 """What one training step allocates and frees, in order, and what is alive when."""
 
-from helpers.timeline.record import Event, Peak, Timeline, record_timeline
-from helpers.timeline.tracker import (
+from helpers.timeline.operators import (
     CATEGORIES,
     PHASES,
     Allocation,
-    Tracker,
+    flops_of,
     state_tensors,
     tensors_in,
 )
+from helpers.timeline.record import Event, Peak, Timeline, record_timeline
+from helpers.timeline.tracker import Observer, Tracker, counting
 
 __all__ = [
     "CATEGORIES",
     "PHASES",
     "Allocation",
     "Event",
+    "Observer",
     "Peak",
     "Timeline",
     "Tracker",
+    "flops_of",
+    "counting",
     "record_timeline",
     "state_tensors",
     "tensors_in",

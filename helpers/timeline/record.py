@@ -8,15 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from helpers.timeline.tracker import (
+from helpers.timeline.operators import (
     CATEGORIES,
     Allocation,
-    Tracker,
     call,
+    categorise,
     no_scratch,
     state_tensors,
     tensors_in,
 )
+from helpers.timeline.tracker import Observer, Tracker
 from helpers.units import format_bytes
 
 
@@ -207,7 +208,7 @@ def record_timeline(
     devices: Iterable[str] | None = None,
     run: Callable = call,
     scratch: Callable = no_scratch,
-    make_tracker: Callable[..., Tracker] = Tracker,
+    observers: Iterable[Observer] = (),
 ) -> Timeline:
     """Run ``step`` once and record every storage that it allocates and frees.
 
@@ -222,18 +223,18 @@ def record_timeline(
         run: runs an operator, as ``run(func, args, kwargs)``; default: just calls it.
         scratch: tells how many bytes an operator takes besides tensors, as
             ``scratch(func, args)``.
-        make_tracker: makes what watches, for what no operator shows.
+        observers: are told of operators and storages.
 
     Backward runs on the calling thread meanwhile, so this is no way to time a step.
     """
     if devices is None:
         first = next(model.parameters(), None)
         devices = ("cpu" if first is None else first.device.type,)
-    tracker = make_tracker(model, frozenset(devices), run, scratch)
+    tracker = Tracker(model, frozenset(devices), run, scratch, observers)
     tracker.expect("input", tensors_in(batch))
     if optimizer is not None:
         tracker.expect("optimizer_state", state_tensors(optimizer))
     with torch.autograd.set_multithreading_enabled(False), tracker.watching():
         step()
-    tracker.categorise()
+    categorise(tracker.log)
     return Timeline(tracker.before, tracker.log, tracker.flops, tracker.scratch)

@@ -11,7 +11,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextvars import ContextVar
 
 import torch
 from torch import nn
@@ -24,95 +24,52 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
-from helpers.units import format_bytes, round_to_block
-
-PHASES = ("forward", "backward", "recompute", "optimizer")
-CATEGORIES = (
-    "parameter",
-    "optimizer_state",
-    "input",
-    "gradient",
-    "activation",
-    "recomputed",
-    "temporary",
+from helpers.checkpointing import Undo
+from helpers.timeline.operators import (
+    PHASES,
+    Allocation,
+    call,
+    flops_of,
+    no_scratch,
+    state_tensors,
+    tensors_in,
 )
+from helpers.units import round_to_block
 
-
+# Who counts: not what is around a step that somebody else watches.
+counting: ContextVar[tuple] = ContextVar("counting", default=())
 ONES_LIKE = torch.ops.aten.ones_like.default
 LIFT_FRESH = torch.ops.aten.lift_fresh.default
 
 
-@dataclass(slots=True, eq=False)
-class Allocation:
-    """One storage: what made it, and for what. ``bytes`` are whole 512 B blocks."""
+class Observer:
+    """Watches a tracker; what it does not care about it leaves as it is here."""
 
-    bytes: int
-    shape: tuple[int, ...]
-    phase: str  # in which it was allocated; "before" the step for what was there
-    op: str
-    module: str
-    category: str = ""
+    def entered(self, module: nn.Module) -> None:
+        """A forward begins, inside no other module's."""
 
-    def __str__(self) -> str:
-        where = f" in {self.module}" if self.module else ""
-        made = f"{self.op}{where}, {self.phase}" if self.op else "before the step"
-        return f"{format_bytes(self.bytes):>10}  {self.category:<15}  {made}"
+    def before(self, func: Callable, args: tuple, kwargs: dict) -> None:
+        """An operator is about to run; may raise to prevent it."""
 
+    def after(self, func: Callable, args: tuple, kwargs: dict, out: object) -> None:
+        """It has run, and nothing of its output is counted yet."""
 
-def tensors_in(batch: object) -> Iterator[torch.Tensor]:
-    """Yield the tensors in a batch, nested in tuples, lists or dicts."""
-    if isinstance(batch, torch.Tensor):
-        yield batch
-    elif isinstance(batch, dict):
-        yield from tensors_in(list(batch.values()))
-    elif isinstance(batch, tuple | list):
-        for item in batch:
-            yield from tensors_in(item)
+    def allocating(self, allocation: Allocation) -> None:
+        """A storage is about to be counted; may raise to prevent it."""
 
-
-def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
-    for state in optimizer.state.values():
-        yield from tensors_in(state)
-
-
-def _is_label(func: torch._ops.OpOverload) -> bool:
-    """Say whether it only marks a range for the profiler, as optimizers do."""
-    return func.namespace == "profiler"
-
-
-def call(func: Callable, args: tuple, kwargs: dict) -> object:
-    return func(*args, **kwargs)
-
-
-def no_scratch(func: torch._ops.OpOverload, args: tuple) -> int:
-    return 0
-
-
-def flops_of(func: torch._ops.OpOverload, args: tuple, kwargs: dict, out) -> int:
-    """Count FLOPs as ``torch.utils.flop_counter`` does, once for each shape."""
-    if func.overloadpacket not in flop_registry:
-        return 0
-    shapes = _shapes((args, tuple(kwargs.items()), out))
-    return _flops_of_shapes(func.overloadpacket, *shapes)
-
-
-@functools.cache
-def _flops_of_shapes(packet, args: tuple, kwargs: tuple, out: tuple) -> int:
-    return flop_registry[packet](*args, **dict(kwargs), out_val=out)
-
-
-def _shapes(value: object) -> object:
-    if isinstance(value, torch.Tensor):
-        return value.shape
-    if isinstance(value, tuple | list):
-        return tuple([_shapes(item) for item in value])
-    return value
+    def freed(self, allocation: Allocation) -> None:
+        """A storage is gone."""
 
 
 class Tracker(TorchDispatchMode):
-    """Notes storages as operators make them and as they are freed."""
+    """Notes storages as operators make them and as they are freed.
+
+    Args:
+        run: runs an operator, as ``run(func, args, kwargs)``.
+        scratch: tells how many bytes an operator takes besides tensors.
+        observers: are told of operators and storages.
+    """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -123,14 +80,13 @@ class Tracker(TorchDispatchMode):
         self,
         model: nn.Module,
         devices: frozenset[str],
-        run: Callable,
+        run: Callable = call,
         scratch: Callable = no_scratch,
+        observers: Iterable[Observer] = (),
     ) -> None:
         super().__init__()
-        self.run = run
-        self.scratch_of = scratch
-        self.model = model
-        self.devices = devices
+        self.run, self.scratch_of, self.observers = run, scratch, tuple(observers)
+        self.model, self.devices = model, devices
         self.names = {id(module): name for name, module in model.named_modules()}
         self.thread = threading.get_ident()
         self.modules = [""]  # the stack of modules whose forward is running
@@ -152,45 +108,61 @@ class Tracker(TorchDispatchMode):
     def expect(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
         """Count tensors that were there before the step."""
         for tensor in tensors:
-            if tensor.device.type in self.devices:
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.alive and storage.nbytes():
-                    allocation = self._watch(storage, tensor, "before", "", "")
-                    allocation.category = category
-                    self.before.append(allocation)
+            allocation = self._follow(tensor, "before", "", "")
+            if allocation:
+                allocation.category = category
+                self.before.append(allocation)
 
-    def _watch(
+    def _follow(
+        self, tensor: torch.Tensor, phase: str, op: str, module: str
+    ) -> Allocation | None:
+        """Start to follow a tensor's storage, unless it is known or does not count."""
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.alive or tensor.device.type not in self.devices:
+            return None
+        return self.follow(storage, tuple(tensor.shape), phase, op, module)
+
+    def follow(
         self,
         storage: torch.UntypedStorage,
-        tensor: torch.Tensor,
+        shape: tuple[int, ...],
         phase: str,
         op: str,
         module: str,
-    ) -> Allocation:
-        """Start to follow a storage until it is freed."""
+    ) -> Allocation | None:
+        """Follow a storage until it is freed; one without bytes is nobody's."""
+        n_bytes = round_to_block(storage.nbytes())
+        if not n_bytes:
+            return None
+        allocation = Allocation(n_bytes, shape, phase, op, module)
+        for observer in self.observers:
+            observer.allocating(allocation)
         address = storage._cdata
-        allocation = Allocation(
-            round_to_block(storage.nbytes()), tuple(tensor.shape), phase, op, module
-        )
-        self.alive[address] = allocation
-        self.watchers[address] = weakref.ref(
-            storage, functools.partial(self._freed, address)
+        forget = functools.partial(self.forget, address)
+        self.alive[address], self.watchers[address] = (
+            allocation,
+            weakref.ref(storage, forget),
         )
         return allocation
 
-    def _freed(self, address: int, _: weakref.ref) -> None:
+    def forget(self, address: int, _: weakref.ref | None = None) -> None:
+        """Note that a storage is freed."""
         allocation = self.alive.pop(address)
         del self.watchers[address]
         self.log.append(("free", allocation, self.last_phase))
+        for observer in self.observers:
+            observer.freed(allocation)
 
-    def _phase(self) -> str:
-        """Tell the phase from autograd's own state: recomputation turns grad on."""
+    @property
+    def phase(self) -> str:
+        """The phase, by autograd's own state: recomputation turns grad on."""
         if torch._C._current_graph_task_id() != -1:
             return "recompute" if torch.is_grad_enabled() else "backward"
         return "optimizer" if self.in_optimizer else "forward"
 
-    def _module(self) -> str:
-        """Name the module that is running, or whose backward is."""
+    @property
+    def module(self) -> str:
+        """The name of the module that is running, or whose backward is."""
         if len(self.modules) == 1 and torch._C._current_graph_task_id() != -1:
             node = torch._C._current_autograd_node()
             return self.module_of_node.get(node._sequence_nr(), "") if node else ""
@@ -198,10 +170,18 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self not in counting.get():
+            return func(*args, **kwargs)
+        for observer in self.observers:
+            observer.before(func, args, kwargs)
         out = self.run(func, args, kwargs)
-        if not isinstance(out, torch.Tensor | tuple | list) and _is_label(func):
-            return out
-        phase = self._phase()
+        if func.namespace != "profiler":  # which only marks ranges, for optimizers
+            self._note(func, args, kwargs, out)
+        return out
+
+    def _note(self, func: Callable, args: tuple, kwargs: dict, out: object) -> None:
+        """Note what an operator has read and made, in which phase and module."""
+        phase = self.phase
         if phase == "forward" or phase == "recompute":
             node = torch.autograd._get_sequence_nr() - 1
             # Only the first operator after a node was made is that node's own.
@@ -210,21 +190,18 @@ class Tracker(TorchDispatchMode):
                 phase = "backward"  # the gradient that backward() starts from
         self.last_phase = phase
         if func is not LIFT_FRESH:
-            self._notice(args, phase)
+            self.notice(args, phase)
+        for observer in self.observers:
+            observer.after(func, args, kwargs, out)
         self.flops[phase] += flops_of(func, args, kwargs, out)
+        op = func.overloadpacket.__name__
         for tensor in (out,) if isinstance(out, torch.Tensor) else tensors_in(out):
-            storage = tensor.untyped_storage()
-            is_new = storage._cdata not in self.alive and storage.nbytes()
-            if is_new and tensor.device.type in self.devices:
-                allocation = self._watch(
-                    storage, tensor, phase, func.overloadpacket.__name__, self._module()
-                )
-                self.log.append(("alloc", allocation, phase))
+            if made := self._follow(tensor, phase, op, self.module):
+                self.log.append(("alloc", made, phase))
         if n_bytes := self.scratch_of(func, args):
             self.scratch.append((len(self.log), n_bytes))
-        return out
 
-    def _notice(self, args: tuple, phase: str) -> None:
+    def notice(self, args: tuple, phase: str) -> None:
         """Count what an operator reads and nobody made: it was there before."""
         kinds = {"optimizer": "optimizer_state", "backward": "gradient"}
         category = kinds.get(phase, "input")
@@ -233,34 +210,42 @@ class Tracker(TorchDispatchMode):
                 if arg.untyped_storage()._cdata not in self.alive and arg.dim():
                     self.expect(category, (arg,))  # a number in disguise has no dim
             elif isinstance(arg, tuple | list):
-                self._notice(arg, phase)
+                self.notice(arg, phase)
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Record what happens inside the block, then let go of every storage."""
-        removable = [
-            register_module_forward_pre_hook(self._enter_module),
-            register_module_forward_hook(self._leave_module, always_call=True),
-            register_optimizer_step_pre_hook(self._enter_optimizer),
-            register_optimizer_step_post_hook(self._leave_optimizer),
-        ]
-        try:
-            with self:
-                yield
-            for parameter_gradient in self._gradients():
-                self._label("gradient", parameter_gradient)
-        finally:
-            self.watchers.clear()
-            for hook in removable:
-                hook.remove()
+    def watching(self, alone: bool = True) -> Iterator[None]:
+        """Record what happens inside the block, then let go of every storage.
 
-    def _label(self, category: str, tensor: torch.Tensor) -> None:
-        allocation = self.alive.get(tensor.untyped_storage()._cdata)
-        if allocation is not None:
-            allocation.category = category
+        Args:
+            alone: whether those who are counting already do not, meanwhile.
+        """
+        with Undo() as undo:
+            undo.callback(self.watchers.clear)
+            undo.callback(register_module_forward_pre_hook(self.enter_module).remove)
+            leave = self._leave_module
+            undo.callback(register_module_forward_hook(leave, always_call=True).remove)
+            enter, leave = self._enter_optimizer, self._leave_optimizer
+            undo.callback(register_optimizer_step_pre_hook(enter).remove)
+            undo.callback(register_optimizer_step_post_hook(leave).remove)
+            others = () if alone else counting.get()
+            undo.callback(counting.reset, counting.set((*others, self)))
+            undo.enter_context(self)
+            yield
+            self._label("gradient", self._gradients())
 
-    def _enter_module(self, module: nn.Module, args: tuple) -> None:
+    def _label(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors:
+            allocation = self.alive.get(tensor.untyped_storage()._cdata)
+            if allocation is not None:
+                allocation.category = category
+
+    def enter_module(self, module: nn.Module, args: tuple) -> None:
+        """Note that a module's forward begins."""
         if threading.get_ident() == self.thread:
+            is_outermost = len(self.modules) == 1 and self.phase != "recompute"
+            if is_outermost and self in counting.get():
+                for observer in self.observers:
+                    observer.entered(module)
             self.modules.append(self.names.get(id(module), self.modules[-1]))
 
     def _leave_module(self, module: nn.Module, args: tuple, output: object) -> None:
@@ -275,18 +260,4 @@ class Tracker(TorchDispatchMode):
     def _leave_optimizer(self, optimizer, args, kwargs) -> None:
         if threading.get_ident() == self.thread:
             self.in_optimizer = False
-            for tensor in state_tensors(optimizer):
-                self._label("optimizer_state", tensor)
-
-    def categorise(self) -> None:
-        """Tell what each storage was for, which shows only when the step is over."""
-        backward_events, born_at = 0, {}
-        kept = {"forward": "activation", "recompute": "recomputed"}
-        for kind, allocation, phase in self.log:
-            backward_events += phase == "backward"
-            if kind == "alloc":
-                born_at[allocation] = backward_events
-                if not allocation.category:
-                    allocation.category = kept.get(phase, "temporary")
-            elif born_at.get(allocation) == backward_events and phase in kept:
-                allocation.category = "temporary"  # no backward has seen it
+            self._label("optimizer_state", state_tensors(optimizer))

@@ -9,13 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers.dry_run import (
-    RememberedShapes,
-    kernels_of,
-    like_cuda,
-    meta_batch,
-    meta_model,
-)
+from helpers.dry_run import as_on, meta_batch, meta_model
+from helpers.dry_run.meta import RememberedShapes
 from helpers.models import MLP
 from tests.oracles import profiled_bytes
 
@@ -127,10 +122,10 @@ ON_CPU = [
 def test_dropout_on_meta_takes_the_devices_kernel():
     x = torch.empty(8, 4, device="meta")
     assert dropped_out(x, 0.1) == ON_CPU
-    with kernels_of("cuda"):
+    with as_on("cuda"):
         fused = [("native_dropout", torch.float32, torch.bool)]
         assert dropped_out(x, 0.1) == fused
-        with kernels_of("cpu"):
+        with as_on("cpu"):
             assert dropped_out(x, 0.1) == ON_CPU
         assert dropped_out(x, 0.1) == fused
         assert dropped_out(x, 0.1, training=False) == dropped_out(x, 0.0) == []
@@ -141,21 +136,21 @@ def test_dropout_on_meta_takes_the_devices_kernel():
 def test_dropout_on_a_cpu_is_what_the_prediction_takes_it_for():
     x = torch.ones(8, 4)
     assert dropped_out(x, 0.1) == ON_CPU
-    with kernels_of("cuda"):
+    with as_on("cuda"):
         assert dropped_out(x, 0.1) == ON_CPU  # real tensors are left alone
     assert torch.equal(F.dropout(x, 0.0), x)
     assert set(F.dropout(torch.ones(1000), 0.5).tolist()) == {0.0, 2.0}
 
 
 def test_the_chosen_kernels_are_put_back_after_an_error():
-    with pytest.raises(KeyError), kernels_of("cuda"):
+    with pytest.raises(KeyError), as_on("cuda"):
         raise KeyError
     assert dropped_out(torch.empty(8, 4, device="meta"), 0.1) == ON_CPU
 
 
 def test_another_thread_chooses_its_own_kernels():
     x, found = torch.empty(8, 4, device="meta"), []
-    with kernels_of("cuda"):
+    with as_on("cuda"):
         thread = threading.Thread(target=lambda: found.append(dropped_out(x, 0.1)))
         thread.start()
         thread.join()
@@ -173,17 +168,21 @@ def test_another_thread_chooses_its_own_kernels():
     ],
 )
 def test_optimizers_work_on_lists_as_on_cuda_unless_told(options, foreach):
-    parameters = MLP([4, 4, 4]).to("meta").parameters()
-    optimizer = torch.optim.AdamW(parameters, **options)
-    assert like_cuda(optimizer) is optimizer
-    assert [group["foreach"] for group in optimizer.param_groups] == [foreach]
+    model, factory = MLP([4, 4, 4]).to("meta"), partial(torch.optim.AdamW, **options)
+    with as_on("cuda") as imagined:
+        made = imagined.optimizer(factory, model)
+    assert [group["foreach"] for group in made.param_groups] == [foreach]
+    with as_on("cpu") as imagined:
+        made = imagined.optimizer(factory, model)
+    assert [group["foreach"] for group in made.param_groups] == [options.get("foreach")]
 
 
 def test_an_optimizer_without_lists_is_left_alone():
-    optimizer = torch.optim.LBFGS(MLP([4, 4, 4]).parameters())
-    before = dict(optimizer.param_groups[0])
-    like_cuda(optimizer)
-    assert optimizer.param_groups[0] == before
+    model = MLP([4, 4, 4])
+    before = torch.optim.LBFGS(model.parameters()).param_groups[0]
+    with as_on("cuda") as imagined:
+        made = imagined.optimizer(torch.optim.LBFGS, model)
+    assert made.param_groups[0] == before
 
 
 @pytest.mark.parametrize(
@@ -320,10 +319,10 @@ def test_what_cannot_be_a_key_runs_every_time():
 
 
 def test_memory_of_shapes_is_bounded():
-    run = RememberedShapes()
-    run._answers.update(dict.fromkeys(range(20_001), 0))
-    run(aten.relu.default, (meta(5, 4),), {})
-    assert len(run._answers) == 1
+    run = RememberedShapes(most=3)
+    for rows in range(1, 20):
+        run(aten.relu.default, (meta(rows, 4),), {})
+        assert 1 <= len(run) <= 4
 
 
 def test_fused_steps_make_nothing_and_need_no_kernel():
@@ -335,8 +334,9 @@ def test_fused_steps_make_nothing_and_need_no_kernel():
             def __torch_dispatch__(self, func, types, args=(), kwargs=None, run=run):
                 return run(func, args, kwargs or {})
 
-        made = partial(optimizer, fused=True)(model.parameters())
-        with Dry():
+        made = partial(optimizer, fused=True)
+        with as_on("cuda") as imagined, Dry():
+            made = imagined.optimizer(made, model)
             model(meta(2, 4)).sum().backward()
             made.step()
         model.zero_grad()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.checkpointing import Plan, checkpointed
-from helpers.dry_run import kernels_of
+from helpers.dry_run import as_on
 from helpers.measure import measure, predict, training_step
 from helpers.models import MLP
 from helpers.models.architectures import GPT, Encoder, ResNet, UNet, transformers_model
@@ -274,7 +274,7 @@ def operators_of_attention(device, target, dtype=torch.float32, size=32, **optio
     if options.get("attn_mask"):
         mask = torch.ones(16, 16, dtype=torch.bool, device=device)
         options["attn_mask"] = mask.tril()
-    with kernels_of(target), Operators() as operators:
+    with as_on(target), Operators() as operators:
         F.scaled_dot_product_attention(query, key, key, **options).sum().backward()
     return operators.names
 

@@ -1,0 +1,112 @@
+"""What operators read, make and multiply: tensors, storages, FLOPs."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from helpers.units import format_bytes
+
+PHASES = ("forward", "backward", "recompute", "optimizer")
+CATEGORIES = (
+    "parameter",
+    "optimizer_state",
+    "input",
+    "gradient",
+    "activation",
+    "recomputed",
+    "temporary",
+)
+
+_aten = torch.ops.aten
+# PyTorch counts CUDA's fused attention, but not the CPU's, which multiplies as much.
+_ALIKE: Mapping[object, object] = MappingProxyType(
+    {
+        getattr(_aten, f"_scaled_dot_product_flash_attention_for_cpu{step}"): getattr(
+            _aten, f"_scaled_dot_product_flash_attention{step}"
+        )
+        for step in ("", "_backward")
+    }
+)
+
+
+@dataclass(slots=True, eq=False)
+class Allocation:
+    """One storage: what made it, and for what. ``bytes`` are whole 512 B blocks."""
+
+    bytes: int
+    shape: tuple[int, ...]
+    phase: str  # in which it was allocated; "before" the step for what was there
+    op: str
+    module: str
+    category: str = ""
+
+    def __str__(self) -> str:
+        where = f" in {self.module}" if self.module else ""
+        made = f"{self.op}{where}, {self.phase}" if self.op else "before the step"
+        return f"{format_bytes(self.bytes):>10}  {self.category:<15}  {made}"
+
+
+def categorise(log: Iterable[tuple[str, Allocation, str]]) -> None:
+    """Tell what each storage was for, which shows only when the step is over."""
+    backward_events, born_at = 0, {}
+    kept = {"forward": "activation", "recompute": "recomputed"}
+    for kind, allocation, phase in log:
+        backward_events += phase == "backward"
+        if kind == "alloc":
+            born_at[allocation] = backward_events
+            if not allocation.category:
+                allocation.category = kept.get(phase, "temporary")
+        elif born_at.get(allocation) == backward_events and phase in kept:
+            allocation.category = "temporary"  # no backward has seen it
+
+
+def tensors_in(value: object) -> Iterator[torch.Tensor]:
+    """Yield the tensors in a value, nested in tuples, lists or dicts."""
+    for leaf in (value,) if isinstance(value, torch.Tensor) else tree_leaves(value):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif isinstance(leaf, dict):  # of a class that PyTorch does not know
+            yield from tensors_in(list(leaf.values()))
+        elif isinstance(leaf, tuple | list):
+            yield from tensors_in(list(leaf))
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """List what an optimizer keeps between steps."""
+    return list(tensors_in(list(optimizer.state.values())))
+
+
+def call(func: Callable, args: tuple, kwargs: dict) -> object:
+    return func(*args, **kwargs)
+
+
+def no_scratch(func: torch._ops.OpOverload, args: tuple) -> int:
+    return 0
+
+
+def flops_of(func: torch._ops.OpOverload, args: tuple, kwargs: dict, out) -> int:
+    """Count the FLOPs of one call: matrix products, convolutions and attention."""
+    packet = func.overloadpacket
+    packet = _ALIKE.get(packet, packet)
+    if packet not in flop_registry:
+        return 0
+    shapes = _shapes((args, tuple(kwargs.items()), out))
+    return _of_shapes(flop_registry[packet], *shapes)
+
+
+@functools.cache
+def _of_shapes(count: Callable, args: tuple, kwargs: tuple, out: tuple) -> int:
+    return count(*args, **dict(kwargs), out_val=out)
+
+
+def _shapes(value: object) -> object:
+    if isinstance(value, torch.Tensor):
+        return value.shape
+    if isinstance(value, tuple | list):
+        return tuple([_shapes(item) for item in value])
+    return value
