@@ -1,15 +1,6 @@
 """The same functions on several processes, and what one rank's training step needs."""
 
-from helpers.distributed._script import script
-from helpers.distributed.launch import RankError, run, work
+from helpers.distributed.launch import RankError, run
 from helpers.distributed.rank_step import Collectives, local, measure_step
 
-__all__ = [
-    "Collectives",
-    "RankError",
-    "local",
-    "measure_step",
-    "run",
-    "script",
-    "work",
-]
+__all__ = ["Collectives", "RankError", "local", "measure_step", "run"]

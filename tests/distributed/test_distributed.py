@@ -1,6 +1,5 @@
 """Ranks by torchrun: what comes back, how failures end, what a rank's step holds."""
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -20,8 +19,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from helpers import distributed
 from helpers.checkpointing import Plan, checkpointed
-from helpers.distributed import launch, rank_step
-from helpers.distributed._script import script
+from helpers.distributed import rank_step
 from helpers.measure import StepReport, measure
 from helpers.models import MLP, uniform_mlp
 from helpers.units import round_to_block
@@ -49,11 +47,10 @@ def nothing_is_left(tmp_path, monkeypatch):
     assert alive == []
 
 
-def processes_in(folder: Path) -> list[list[str]]:
-    """List the commands that are running and name a file in the folder."""
-    running = psutil.process_iter(["cmdline"])
-    commands = [process.info["cmdline"] or [] for process in running]
-    return [command for command in commands if str(folder) in " ".join(command)]
+def processes_in(folder: Path) -> list[psutil.Process]:
+    """List the processes that run in the folder, or in one inside it."""
+    running = psutil.process_iter(["cwd"])
+    return [found for found in running if str(folder) in (found.info["cwd"] or "")]
 
 
 # What comes back
@@ -82,16 +79,30 @@ def shard_bytes():
     return sum(rank_step.local(weight).nbytes for weight in weights)
 
 
+def in_a_notebook():
+    """Define functions as a notebook's cells do, which no module has."""
+    cells = {"__name__": "__main__", "torch": torch, "dist": dist}
+    exec("share = torch.ones(4)\ndef half(): return share / 2", cells)
+    exec("def lent(): share[dist.get_rank()] = 0; return half().tolist()", cells)
+    exec("def kept(): return share.tolist()", cells)
+    return cells["lent"], cells["kept"]
+
+
 def test_each_function_brings_back_what_it_returned_on_each_rank():
-    places, totals, backends, shards = distributed.run(
-        placed, sums, backend, shard_bytes, ranks=4, device="cpu"
-    )
+    model, sent = MLP([2, 2]), in_a_notebook()
+    n_weights = lambda: sum(w.numel() for w in model.parameters())  # noqa: E731
+    asked = placed, sums, backend, shard_bytes, *sent, n_weights
+    results = distributed.run(*asked, ranks=4, device="cpu")
+    places, totals, backends, shards, lent, kept, numbers = results
     assert places == [[0, 4], [1, 4], [2, 4], [3, 4]]
     assert totals == 4 * [{"ranks": 6.0, "depth": 4.0 * depth}]
     assert backends == 4 * [["gloo", "cpu"]]
     # The last layer's 10 rows are dealt out as torch.chunk does it.
     hidden = depth * layer_bytes // 4
     assert shards == [hidden + 4 * n * (width + 1) for n in (3, 3, 3, 1)]
+    # Functions share a rank's copy, and here nothing is changed.
+    assert lent[1] == [0.5, 0, 0.5, 0.5] and kept[1] == [1, 0, 1, 1]
+    assert sent[1]() == [1, 1, 1, 1] and numbers == 4 * [6]
 
 
 # Failures
@@ -119,12 +130,22 @@ def exits():
     sys.exit(0)
 
 
+def gives_a_model():
+    return MLP([2, 2])
+
+
 @pytest.mark.parametrize(
     ("function", "ranks", "message"),
     [
         (raises_on_1, 2, "rank 1 failed in raises_on_1: KeyError: 'no such layer'"),
         (is_killed_on_1, 2, "rank 1 ended in is_killed_on_1, with exit code -9"),
         (exits, 1, "not all was done when the processes ended: rank 0 in exits"),
+        (
+            gives_a_model,
+            1,
+            "rank 0 failed in gives_a_model: TypeError: JSON cannot hold a Sequential; "
+            "return numbers or texts",
+        ),
     ],
 )
 def test_a_failed_rank_is_one_sentence(function, ranks, message):
@@ -133,9 +154,18 @@ def test_a_failed_rank_is_one_sentence(function, ranks, message):
     assert str(raised.value) == message
 
 
-def test_what_json_cannot_hold_is_named():
-    with pytest.raises(TypeError, match="cannot hold a Sequential; return numbers"):
-        json.dumps([MLP([2, 2])], default=launch._encoded)
+@pytest.mark.parametrize("open_one", [threading.Lock, tempfile.TemporaryFile])
+def test_what_cannot_be_sent_is_refused(open_one):
+    held = open_one()
+
+    def waits():
+        with held:
+            return 1
+
+    words = "^waits refers to what cannot be sent to another process, so make it inside"
+    with pytest.raises(ValueError, match=words) as raised:
+        distributed.run(placed, waits)
+    assert waits() == 1 and "\n" not in str(raised.value)
 
 
 def test_ranks_that_hang_are_ended_in_time():
@@ -143,10 +173,22 @@ def test_ranks_that_hang_are_ended_in_time():
         distributed.run(placed, hangs_on_1, timeout_s=6)
 
 
-def test_an_interrupt_ends_the_ranks(tmp_path):
+def is_in(function, file: Path) -> bool:
+    return f"in {function.__name__}" in file.read_text()
+
+
+def test_nobody_outside_can_connect_and_an_interrupt_ends_the_ranks(tmp_path):
+    addresses = []
+
     def interrupt():
-        while not list(tmp_path.glob("*/rank1.json")):
+        while (
+            sum(is_in(hangs_on_1, file) for file in tmp_path.glob("*/rank?.json")) < 2
+        ):
             time.sleep(0.1)
+        for process in processes_in(tmp_path):
+            for found in process.net_connections():
+                if found.status == psutil.CONN_LISTEN:
+                    addresses.append(found.laddr.ip)
         signal.raise_signal(signal.SIGINT)
 
     # A shell's background jobs are started with interrupts ignored.
@@ -157,6 +199,7 @@ def test_an_interrupt_ends_the_ranks(tmp_path):
             distributed.run(hangs_on_1)
     finally:
         signal.signal(signal.SIGINT, before)
+    assert len(addresses) >= 2 and set(addresses) <= {"127.0.0.1", "::1"}
 
 
 def test_ranks_end_with_a_process_that_is_killed(tmp_path):
@@ -190,48 +233,6 @@ def test_a_device_that_is_not_there_is_refused():
     too_many = torch.cuda.device_count() + 1
     with pytest.raises(ValueError, match="a GPU each"):
         distributed.run(placed, ranks=too_many, device="cuda")
-
-
-# The script
-
-
-def test_the_script_holds_what_a_function_refers_to_and_no_more():
-    names = {}
-    exec(compile(script(sums), "script", "exec"), names)
-    assert names["depth"] == depth and callable(names["everyones"])
-    assert "placed" not in names and "width" not in names
-    assert names["dist"] is dist and names["torch"] is torch
-
-
-def local_names_are_not_global_ones(plans):
-    nothing_is_left = plans
-    return nothing_is_left
-
-
-def test_a_local_name_is_not_taken_for_a_global_one():
-    assert "ranks" not in script(local_names_are_not_global_ones)
-    assert script(local_names_are_not_global_ones).count("plans = ") == 0
-
-
-model = MLP([2, 2])
-
-
-def refers_to_a_model():
-    return model
-
-
-def test_what_cannot_be_sent_is_named():
-    with pytest.raises(ValueError, match="refers_to_a_model refers to model, a Seq"):
-        script(refers_to_a_model)
-    with pytest.raises(ValueError, match="defined by def"):
-        script(lambda: 1)
-    with pytest.raises(ValueError, match="not inside another function"):
-
-        def inner():
-            return tmp
-
-        tmp = 1
-        script(inner)
 
 
 # What a rank's step holds
