@@ -7,6 +7,7 @@ Not found: numbers from a generator that no module holds, from the system or the
 or that a library draws in C; and state that is kept outside of the modules.
 """
 
+import contextlib
 import random
 import sys
 import weakref
@@ -19,6 +20,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from helpers.timeline import tensors_in
+
+Storages = weakref.WeakKeyDictionary
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,7 @@ class Frame:
 
     def __init__(self, name: str, module: nn.Module, inputs: object) -> None:
         self.name, self.module = name, module
-        tensors = list(tensors_in(inputs))
-        storages = [tensor.untyped_storage() for tensor in tensors]
-        self.inputs = {storage._cdata: weakref.ref(storage) for storage in storages}
+        self.inputs = weakref.WeakSet(x.untyped_storage() for x in tensors_in(inputs))
         self.random = random_states()
         self.attributes = _attributes(module)
         self.drawn_inside = False
@@ -102,12 +103,13 @@ class HazardWatch:
 
     def __init__(self, model: nn.Module) -> None:
         self.found: dict[Hazard, None] = dict.fromkeys(standing_hazards(model))
-        self.fed: dict[int, tuple[weakref.ref, list[str]]] = {}  # by storage's address
-        self.buffers = {
-            buffer.untyped_storage()._cdata: (owner, name)
+        # By storage: the modules that have read it, and the buffer that it holds.
+        self.readers: Storages[list[str]] = Storages()
+        self.buffers: Storages[tuple[str, str]] = Storages(
+            (buffer.untyped_storage(), (owner, name))
             for owner, module in model.named_modules()
             for name, buffer in module.named_buffers(recurse=False)
-        }
+        )
 
     def add(self, name: str, kind: str, sentence: str) -> None:
         self.found.setdefault(Hazard(name, kind, sentence))
@@ -119,9 +121,11 @@ class HazardWatch:
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info and argument.alias_info.is_write:
                 for tensor in tensors_in(value):
-                    self._written(func, tensor.untyped_storage()._cdata, frames)
+                    self._written(func, tensor.untyped_storage(), frames)
 
-    def _written(self, func, storage: int, frames: list[Frame]) -> None:
+    def _written(
+        self, func, storage: torch.UntypedStorage, frames: list[Frame]
+    ) -> None:
         op = func.overloadpacket.__name__
         for frame in frames:
             if storage in frame.inputs and frame.name:
@@ -131,8 +135,7 @@ class HazardWatch:
                     f"{frame.name!r} changes its input in place ({op}): no segment can "
                     "start with it",
                 )
-        alive, fed = self.fed.get(storage, (lambda: None, []))
-        for name in fed if alive() is not None else []:
+        for name in self.readers.get(storage, ()):
             self.add(
                 name,
                 "in place",
@@ -158,8 +161,8 @@ class HazardWatch:
         """Compare how things stand after a module's call with how they stood."""
         module = frame.module
         if frame.name:
-            for storage, alive in frame.inputs.items():
-                self._now_fed(storage, alive, frame.name)
+            for storage in frame.inputs:
+                self.readers.setdefault(storage, []).append(frame.name)
         if isinstance(module, _NormBase) and module.training:
             if module.track_running_stats:
                 self.statistics(frame.name, module, "running_mean")
@@ -185,10 +188,6 @@ class HazardWatch:
                 "segment, it does so twice",
             )
 
-    def _now_fed(self, storage: int, alive: weakref.ref, name: str) -> None:
-        before, names = self.fed.get(storage, (lambda: None, []))
-        self.fed[storage] = alive, [*(names if before() is not None else []), name]
-
 
 def random_states() -> tuple:
     """Read the generators of Python and, where it is loaded, of NumPy."""
@@ -199,14 +198,18 @@ def random_states() -> tuple:
     return random.getstate(), (kind, keys.tobytes(), *rest)
 
 
-def restore_random_states(states: tuple) -> None:
-    """Put back what ``random_states`` has read."""
-    random.setstate(states[0])
-    if len(states) > 1:
-        numpy = sys.modules["numpy"]
-        kind, keys, *rest = states[1]
-        keys = numpy.frombuffer(keys, dtype=numpy.uint32)
-        numpy.random.set_state((kind, keys, *rest))
+@contextlib.contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Put back at the block's end what ``random_states`` reads at its start."""
+    python, *others = random_states()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        for kind, keys, *rest in others:
+            numpy = sys.modules["numpy"]
+            keys = numpy.frombuffer(keys, dtype=numpy.uint32)
+            numpy.random.set_state((kind, keys, *rest))
 
 
 def _attributes(module: nn.Module) -> dict[str, object]:

@@ -7,19 +7,15 @@ allocated. A module can be ticked if its forward is called.
 import copy
 from collections.abc import Callable
 
-import torch
 from torch import nn
 
-from helpers.allocator import scratch_on
 from helpers.checkpointing import Plan
-from helpers.dry_run import kernels_of, meta_batch, meta_model
+from helpers.dry_run import as_on, meta_batch, meta_model
 from helpers.inspection._calls import Calls
-from helpers.inspection._hazards import random_states, restore_random_states
+from helpers.inspection._hazards import random_states_kept
 from helpers.inspection.tree import Inspection, Layer
 from helpers.measure import Loss, Misfit, failing_layer, report_of, training_step
-from helpers.timeline import Timeline, record_timeline
-
-__all__ = ["Inspection", "Layer", "inspect_model", "kept_by_module"]
+from helpers.timeline import Timeline
 
 
 def inspect_model(
@@ -39,49 +35,48 @@ def inspect_model(
         ValueError: if the model has no parameters, fails, looks at values, or returns
             nothing that requires a gradient; names the module.
     """
-    model = meta_model(model_or_factory)
-    if model is model_or_factory:
-        model = copy.deepcopy(model)  # a forward may change more than tensors
-    name = type(model).__name__
-    if next(model.parameters(), None) is None:
-        raise ValueError(
-            f"{name} has no parameters, so there is nothing to train or to checkpoint"
-        )
-    batch, states = meta_batch(batch), random_states()
-    calls = Calls(model)
-    step = training_step(model, batch, loss)
-    try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), calls.watching():
-            with kernels_of(device):
-                how = {"run": calls.run, "scratch": scratch_on(device)}
-                timeline = record_timeline(
-                    step, model, batch=batch, devices=("meta",), **how
-                )
-    except Exception as error:
-        raise ValueError(_failure(error, model, name)) from None
-    finally:
-        restore_random_states(states)
-    chains, breaks = calls.links()
-    kept, flops = kept_by_module(timeline), calls.flops
-    layers = {
-        module: Layer(
-            module,
-            type(model.get_submodule(module)).__name__,
-            calls.counts[module],
-            kept.get(module, 0),
-            flops.get(module, 0),
-        )
-        for module, _ in model.named_modules()
-        if module and module in calls.counts
-    }
+    with as_on(device) as imagined, random_states_kept():
+        model = meta_model(model_or_factory)
+        if model is model_or_factory:
+            model = copy.deepcopy(model)  # a forward may change more than tensors
+        name = type(model).__name__
+        if next(model.parameters(), None) is None:
+            raise ValueError(
+                f"{name} has no parameters, so there is nothing to train or to "
+                "checkpoint"
+            )
+        batch, calls = meta_batch(batch), Calls(model)
+        step = training_step(model, batch, loss)
+        try:
+            with calls.watching():
+                timeline = imagined.record(step, model, batch, observers=[calls])
+        except Exception as error:
+            raise ValueError(_failure(error, model, name)) from None
+    chains, breaks = calls.chains()
     return Inspection(
         model=name,
-        layers=layers,
+        layers=_layers(calls, timeline),
         chains=tuple(chains),
         breaks=breaks,
         hazards=tuple(calls.hazards.found),
-        report=report_of(timeline, Plan(), device, "predicted"),
+        report=report_of(timeline, Plan(), imagined.device, "predicted"),
     )
+
+
+def _layers(calls: Calls, timeline: Timeline) -> dict[str, Layer]:
+    """Say of every module that was called what it is, keeps and costs."""
+    kept = kept_by_module(timeline)
+    return {
+        name: Layer(
+            name,
+            type(module).__name__,
+            len(calls.feeds.calls[name]),
+            kept.get(name, 0),
+            calls.flops.get(name, 0),
+        )
+        for name, module in calls.model.named_modules()
+        if name and name in calls.feeds.calls
+    }
 
 
 def kept_by_module(timeline: Timeline) -> dict[str, int]:

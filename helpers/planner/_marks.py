@@ -4,7 +4,6 @@ A mark is a place in the log of storages allocated and freed, so that the level
 between two marks can be read off when the step is over.
 """
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Collection, Sequence
@@ -28,9 +27,6 @@ class Mark(NamedTuple):
     recompute_flops: int
 
 
-Span = tuple[Mark, Mark]
-
-
 @dataclass(frozen=True)
 class Marks:
     """One step that is over: where each stage began and ended, and what was alive.
@@ -41,15 +37,15 @@ class Marks:
 
     before_bytes: int  # alive when the step began
     log: Sequence[tuple[str, Allocation, str]]
-    forward: dict[str, Span]  # by stage, BEFORE first
-    backward: dict[str, Span]
+    forward: dict[str, tuple[Mark, Mark]]  # by stage, BEFORE first
+    backward: dict[str, tuple[Mark, Mark]]
     inputs: dict[str, Allocation]
     outputs: dict[str, list[Allocation]]
     in_place: frozenset[str]  # stages that change their input
     used_elsewhere: frozenset[str]  # stages whose output not only the next one uses
-    late: tuple[nn.Parameter, ...]  # no gradient before BEFORE's output has one
+    late: frozenset[nn.Parameter]  # without gradient until BEFORE's output has one
 
-    def levels_without(self, beside: Collection[Allocation] = ()) -> list[int]:
+    def levels_without(self, beside: Collection[Allocation]) -> list[int]:
         """List the bytes alive before each event and at the end, but for a few."""
         changes = (
             0 if it in beside else it.bytes if kind == "alloc" else -it.bytes
@@ -59,8 +55,12 @@ class Marks:
 
     @functools.cached_property
     def levels(self) -> list[int]:
-        """The bytes alive before each event, and at the end."""
-        return self.levels_without()
+        return self.levels_without(())
+
+    @functools.cached_property
+    def lasting(self) -> list[int]:
+        """The levels without what is brief."""
+        return self.levels_without(self.brief)
 
     @functools.cached_property
     def brief(self) -> set[Allocation]:
@@ -70,24 +70,20 @@ class Marks:
         """
         events = self.log[self.start(BEFORE) :]
         made = {it for kind, it, _ in events if kind == "alloc"}
-        gone = {it for kind, it, phase in events if (kind, phase) == FREED_EARLY}
+        early = ("free", "forward")
+        gone = {it for kind, it, phase in events if (kind, phase) == early}
         last = self.outputs[next(reversed(self.forward))]
         return made & gone - {*self.inputs.values(), *last[:1]}
 
-    @functools.cached_property
-    def lasting(self) -> list[int]:
-        """The levels without what is brief."""
-        return self.levels_without(self.brief)
-
     def start(self, name: str) -> int:
-        """Say where a stage's forward begins."""
+        """Find where a stage's forward begins."""
         return self.forward[name][0].place
 
     def stop(self, name: str) -> int:
-        """Say where the next stage's forward begins, or the loss: the input is free."""
-        following = dict(itertools.pairwise(self.forward))
-        if name in following:
-            return self.start(following[name])
+        """Find where the next stage begins, or the loss, its caller's input let go."""
+        following = dict(itertools.pairwise(self.forward)).get(name)
+        if following:
+            return self.start(following)
         stop = self.forward[name][1].place
         while stop < len(self.log) and self.log[stop][0] == "free":
             stop += 1
@@ -97,26 +93,28 @@ class Marks:
         """Find the highest level between two places."""
         return max(self.levels[start : stop + 1])
 
-    def peak_after_start(self, name: str) -> int:
+    def forward_peak(self, name: str) -> int:
         """Find a stage's forward peak, from the level at its start."""
-        begin, end = self.forward[name]
-        return self.peak(begin.place, end.place) - self.levels[begin.place]
+        start, end = (mark.place for mark in self.forward[name])
+        return self.peak(start, end) - self.levels[start]
+
+    def backward_places(self, name: str) -> tuple[int, int]:
+        """Find where a stage's backward begins and ends."""
+        begin, end = self.backward[name]
+        return begin.place, end.place
 
     def output_bytes(self, name: str) -> int:
         """Count a stage's output, and what else it made and returns for longer."""
-        begin, end = self.forward[name]
-        events = self.log[begin.place : end.place]
-        made = {it for kind, it, _ in events if kind == "alloc"}
+        start, end = (mark.place for mark in self.forward[name])
+        made = {it for kind, it, _ in self.log[start:end] if kind == "alloc"}
         outputs = self.outputs[name]
         found = {*outputs[:1], *made.intersection(outputs)} - self.brief
         return sum(it.bytes for it in found if it.phase != "before")
 
     def frees_input(self, name: str, start: int, stop: int) -> bool:
         """Say whether a stage's input is freed between two places."""
-        given = self.inputs.get(name)
-        return any(
-            kind == "free" and it is given for kind, it, _ in self.log[start:stop]
-        )
+        given, events = self.inputs.get(name), self.log[start:stop]
+        return any(kind == "free" and it is given for kind, it, _ in events)
 
     def levels_in(
         self, name: str, phase: str, stays: Allocation | None = None
@@ -126,18 +124,14 @@ class Marks:
         Args:
             stays: what is to be counted on, also when it has been freed there.
         """
-        begin, end = self.backward[name]
         found, more = [], 0
-        for place in range(begin.place, end.place):
+        for place in range(*self.backward_places(name)):
             kind, allocation, event_phase = self.log[place]
             if kind == "free" and allocation is stays:
                 more = allocation.bytes
             if event_phase == phase:
                 found.append(self.levels[place + 1] + more)
         return found
-
-
-FREED_EARLY = ("free", "forward")
 
 
 def watch(
@@ -150,18 +144,19 @@ def watch(
     """Run one step and mark it.
 
     Args:
+        names: the layers of a chain.
         joined: whether the first of a ModuleList's runs its neighbours as well.
 
     Raises:
-        ValueError: if a stage is not called once, with what the one before returns.
+        ValueError: if a layer is not called once, with what the one before returns.
     """
-    watcher = _Watcher(model, names, tracker, joined)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(watcher.feeds.watching())
-        around = hooked(model, ["", *names], watcher.enter, watcher.leave)
-        stack.enter_context(around)
-        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        stack.enter_context(tracker.watching())
+    watcher = _Watcher(model, names, tracker)
+    with (
+        watcher.feeds.watching(),
+        hooked(model, ["", *names], watcher.enter, watcher.leave),
+        torch.autograd.set_multithreading_enabled(False),
+        tracker.watching(),
+    ):
         step()
     fault = "" if joined else watcher.feeds.fault_of_chain()
     if fault:
@@ -177,38 +172,35 @@ def watch(
 class _Watcher:
     """Takes notes while a step runs."""
 
-    def __init__(
-        self, model: nn.Module, names: list[str], tracker: Tracker, joined: bool
-    ) -> None:
-        self.tracker, self.joined = tracker, joined
-        self.feeds = Feeds(model, names)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.begins: dict[str, Mark] = {}
+    def __init__(self, model: nn.Module, names: list[str], tracker: Tracker) -> None:
+        self.tracker, self.feeds = tracker, Feeds(model, names)
+        self.parameters = {p for p in model.parameters() if p.requires_grad}
+        self.starts: dict[str, Mark] = {}
         self.ends: dict[str, Mark] = {}
         self.gradients: dict[str, Mark] = {}  # of their outputs
         self.backward_end: Mark | None = None
         self.inputs: dict[str, Allocation] = {}
         self.outputs: dict[str, list[Allocation]] = {}
-        self.versions: list[int] = []  # of the last input
-        self.in_place: set[str] = set()
+        self.late: set[nn.Parameter] = set()
         self.used_elsewhere: set[str] = set()
-        self.late: list[nn.Parameter] = []
 
     def marks(self) -> Marks:
         """Freeze the notes."""
-        stages = [BEFORE, *self.feeds.names]
-        end = self.backward_end
+        stages, end = [BEFORE, *self.feeds.names], self.backward_end
         there = [self.gradients.get(name, end) for name in stages]
         return Marks(
-            sum(it.bytes for it in self.tracker.before),
-            self.tracker.log,
-            {name: (self.begins[name], self.ends[name]) for name in stages},
-            dict(zip(stages, zip(there, [end, *there], strict=False), strict=True)),
-            self.inputs,
-            self.outputs,
-            frozenset(self.in_place),
-            frozenset(self.used_elsewhere),
-            tuple(self.late),
+            before_bytes=sum(it.bytes for it in self.tracker.before),
+            log=tuple(self.tracker.log),
+            forward={name: (self.starts[name], self.ends[name]) for name in stages},
+            backward={
+                name: span
+                for name, *span in zip(stages, there, [end, *there], strict=False)
+            },
+            inputs=self.inputs,
+            outputs=self.outputs,
+            in_place=frozenset(it.name for it in self.feeds.in_turn if it.in_place),
+            used_elsewhere=frozenset(self.used_elsewhere),
+            late=frozenset(self.late),
         )
 
     def enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -216,23 +208,19 @@ class _Watcher:
             return
         if name and not self.outputs:
             self._made(BEFORE, (args, kwargs))
-        if name:
-            self.inputs |= {name: it for it in self._allocations((args, kwargs))[:1]}
-        self.versions = _versions(args, kwargs)
-        self.begins[name or BEFORE] = self._mark()
+        if name and (given := self._allocations((args, kwargs))):
+            self.inputs[name] = given[0]
+        self.starts[name or BEFORE] = self._mark()
 
     def leave(self, name, module, args: tuple, kwargs: dict, output: object) -> None:
         if not name:
             self.used_elsewhere = self.feeds.used_elsewhere(output)
         elif not self._is_again(name):
-            if _versions(args, kwargs) != self.versions:
-                self.in_place.add(name)
             self._made(name, output)
 
     def _is_again(self, name: str) -> bool:
-        """Say whether a stage is recomputed, or handed on what has been made."""
-        in_backward = torch._C._current_graph_task_id() != -1
-        return in_backward or self.joined and name in self.ends
+        """Say whether a layer is recomputed, or handed on what a neighbour has made."""
+        return torch._C._current_graph_task_id() != -1 or name in self.ends
 
     def _made(self, name: str, output: object) -> None:
         """Note that a stage's output is there, and wait for its gradient."""
@@ -255,7 +243,7 @@ class _Watcher:
     def _gradient_is_there(self, name: str) -> None:
         self.gradients.setdefault(name, self._mark())
         if name == BEFORE:
-            self.late = [p for p in self.parameters if p.grad is None]
+            self.late = {p for p in self.parameters if p.grad is None}
         if self.backward_end is None:
             self._end_backward()
             engine = torch.autograd.Variable._execution_engine
@@ -263,8 +251,3 @@ class _Watcher:
 
     def _end_backward(self) -> None:
         self.backward_end = self._mark()
-
-
-def _versions(*given: object) -> list[int]:
-    """List how often each tensor has been changed in place."""
-    return [tensor._version for tensor in tensors_in(given)]

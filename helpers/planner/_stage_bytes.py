@@ -35,14 +35,15 @@ class Runs:
         levels, end = plain.levels, plain.stop(last)
         phases = [phase for _, _, phase in plain.log]
         after = phases.index("optimizer") if "optimizer" in phases else len(phases)
-        more = _own_brief(self.alone, last) - _own_brief(plain, last)
-        loss_peak = plain.peak(end, plain.backward[last][0].place)
-        beside = self.beside(self.alone.stop(last)) - more
+        own = (run.brief.intersection(run.outputs[last]) for run in (self.alone, plain))
+        alone, kept = (sum(it.bytes for it in brief) for brief in own)
+        beside = self.beside(self.alone.stop(last)) - (alone - kept)
+        loss_peak = plain.peak(end, plain.backward_places(last)[0]) - levels[end]
         return Chain(
             tuple(map(self.stage, self.names)),
             static_bytes=levels[self.start],
-            loss_forward_bytes=loss_peak - levels[end] + beside,
-            loss_beside_bytes=more,
+            loss_forward_bytes=loss_peak + beside,
+            loss_beside_bytes=alone - kept,
             backward_bytes=self.backward_bytes,
             other_peak_bytes=max(levels[: self.start + 1] + levels[after:]),
         )
@@ -51,55 +52,52 @@ class Runs:
         """Read one stage's numbers."""
         plain, freed = self.plain, self.freed(name)
         begin, end = plain.forward[name]
-        backward = plain.peak(*(mark.place for mark in plain.backward[name]))
+        level = plain.lasting[begin.place] + self.gradients_after(name)
         beside = self.beside(self.alone.start(name))
+        starts, joins = self.starts(name), self.first(name) != name
         return Stage(
             name,
             output_bytes=self.alone.output_bytes(name),
             kept_bytes=self.rise(name, plain.stop(name)) + freed,
-            forward_peak_bytes=plain.peak_after_start(name) + beside,
-            backward_peak_bytes=backward
-            - plain.lasting[begin.place]
-            - self.gradients_after(name),
+            forward_peak_bytes=plain.forward_peak(name) + beside,
+            backward_peak_bytes=plain.peak(*plain.backward_places(name)) - level,
             gradient_bytes=self.gradients[name],
             recompute_cost=end.forward_flops - begin.forward_flops,
             freed_input_bytes=freed,
             shares_input=plain.inputs.get(name) in plain.outputs[name],
-            starts=self.starts(name),
-            joins=self.first(name) != name,
-            **(self.as_first(name) if self.starts(name) else {}),
-            **(self.as_later(name) if self.first(name) != name else {}),
+            starts=starts,
+            joins=joins,
+            **(self.alone_in_segment(name) if starts else {}),
+            **(self.later_in_segment(name) if joins else {}),
         )
 
-    def as_first(self, name: str) -> dict[str, int]:
-        """Read what a stage does alone in a segment, where it starts and ends one."""
-        alone, given = self.alone, self.alone.inputs.get(name)
-        begins, ends = alone.backward[name]
-        start = alone.start(name)
+    def alone_in_segment(self, name: str) -> dict[str, int]:
+        """Read what a stage does as the first and last of its segment."""
+        alone = self.alone
+        start, begin = alone.start(name), alone.backward_places(name)[0]
         level = alone.lasting[start] + self.gradients_after(name)
-        gradient = max(alone.levels[begins.place] - level, 0)
+        gradient = max(alone.levels[begin] - level, 0)
         # Where the stage before keeps its output, this one's input stays.
-        places = (mark.place for mark in self.plain.backward[name])
-        stays = None if self.plain.frees_input(name, *places) else given
-        backward = alone.levels_in(name, "backward", stays)
-        again = alone.levels_in(name, "recompute")
+        goes = self.plain.frees_input(name, *self.plain.backward_places(name))
+        stays = None if goes else alone.inputs.get(name)
+        backward = alone.levels_in(name, "backward", stays) or [level]
+        again = alone.levels_in(name, "recompute") or [level + gradient]
+        begins, ends = alone.backward[name]
         return {
-            "first_backward_peak_bytes": max(backward, default=level) - level,
+            "first_forward_peak_bytes": alone.forward_peak(name) + self.beside(start),
+            "last_forward_peak_bytes": max(again) - level - gradient,
+            "first_backward_peak_bytes": max(backward) - level,
             "last_recompute_cost": ends.recompute_flops - begins.recompute_flops,
-            "last_forward_peak_bytes": max(again) - level - gradient if again else 0,
-            "first_forward_peak_bytes": alone.peak_after_start(name)
-            + self.beside(start),
             "output_gradient_bytes": gradient,
         }
 
-    def as_later(self, name: str) -> dict[str, int]:
+    def later_in_segment(self, name: str) -> dict[str, int]:
         """Read what a stage does in a segment that another one starts."""
-        first = self.first(name)
-        level = self.joined.lasting[self.joined.start(first)]
-        level += self.gradients_after(name)
-        level += self.rise(first, self.plain.start(name)) + self.freed(first)
-        backward = self.joined.levels_in(name, "backward")
-        return {"later_backward_peak_bytes": max(backward, default=level) - level}
+        plain, joined, first = self.plain, self.joined, self.first(name)
+        level = joined.lasting[joined.start(first)] + self.gradients_after(name)
+        level += self.rise(first, plain.start(name)) + self.freed(first)
+        backward = joined.levels_in(name, "backward") or [level]
+        return {"later_backward_peak_bytes": max(backward) - level}
 
     @functools.cached_property
     def start(self) -> int:
@@ -131,7 +129,7 @@ class Runs:
                 found[name] = _bytes(p for p in own if p.requires_grad)
                 seen |= own
         inputs = [x for x in tensors_in(self.batch) if x.requires_grad]
-        late = {*self.plain.late} - seen if BEFORE in self.names else ()
+        late = self.plain.late - seen if BEFORE in self.names else ()
         found[self.names[0]] += _bytes([*inputs, *late])
         return found
 
@@ -179,12 +177,5 @@ class Runs:
         return plain.inputs[name].bytes if freed else 0
 
 
-def _own_brief(run: Marks, name: str) -> int:
-    """Count what of a stage's outputs is brief."""
-    return sum(it.bytes for it in run.brief.intersection(run.outputs[name]))
-
-
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(
-        round_to_block(tensor.numel() * tensor.element_size()) for tensor in tensors
-    )
+    return sum(round_to_block(tensor.nbytes) for tensor in tensors)

@@ -5,15 +5,16 @@ at the end of a segment, up to the last tensor that is needed, and the times are
 of real training steps.
 """
 
-import contextlib
+import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from helpers.checkpointing import Plan, checkpointed
+from helpers.checkpointing import Plan, Undo, checkpointed
 from helpers.measure import (
     Loss,
     left_as_found,
@@ -22,81 +23,79 @@ from helpers.measure import (
     training_step,
     usable_device,
 )
+from helpers.planner._marks import BEFORE
+from helpers.planner.chain import Chain, Stage
+
+REPEATS, WARMUP = 10, 2  # training steps
 
 
-def stage_times_ms(
+def in_milliseconds(
+    chain: Chain,
     model: nn.Module,
     batch: object,
-    names: Sequence[str],
-    starting: Sequence[str],
-    *,
-    loss: Loss | None = None,
-    device: str | None = None,
-    repeats: int = 10,
-) -> dict[str, tuple[float, float]]:
-    """Measure each layer's forward, and its recompute as the last of its segment.
-
-    Args:
-        names: the layers. starting: those of them that can be checkpointed.
-        repeats: training steps, of which the medians are taken, after two more.
-
-    Returns:
-        Milliseconds by name; the same twice for a layer that is not checkpointed.
-    """
+    loss: Loss | None,
+    autocast: torch.dtype | None,
+    device: str,
+) -> Chain:
+    """Make milliseconds, measured on a device, the costs of a chain's stages."""
     device = usable_device(model, device)
     model, batch = placed(model, batch, device)
-    forward_ms: dict[str, list[float]] = {name: [] for name in names}
-    again_ms: dict[str, list[float]] = {name: [] for name in names}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(left_as_found(model, trains=False))
-        stack.enter_context(random_numbers_kept())
-        stack.enter_context(torch.enable_grad())
-        spans: list[tuple[str, bool, Callable[[], float]]] = []
-        for name in names:
-            stack.enter_context(_timed(model.get_submodule(name), name, device, spans))
-        stack.enter_context(checkpointed(model, Plan.alone(starting)))
-        step = training_step(model, batch, loss)
-        for count in range(repeats + 2):
+    step = training_step(model, batch, loss, autocast=autocast)
+    with left_as_found(model, trains=False), random_numbers_kept(), torch.enable_grad():
+        medians_ms = _medians_ms(chain, model, step, device)
+
+    def timed(stage: Stage) -> Stage:
+        full = medians_ms.get((stage.name, False), 0.0)
+        last = medians_ms.get((stage.name, True), 0.0 if stage.starts else full)
+        costs = {"recompute_cost": full, "last_recompute_cost": min(full, last)}
+        return dataclasses.replace(stage, **costs)
+
+    stages = tuple(map(timed, chain.stages))
+    return dataclasses.replace(chain, stages=stages, cost_unit="ms")
+
+
+def _medians_ms(
+    chain: Chain, model: nn.Module, step: Callable[[], object], device: str
+) -> dict[tuple[str, bool], float]:
+    """Take the median time of each stage: (name, whether it is run again)."""
+    spans: list[tuple[str, bool, Callable[[], float]]] = []
+    times_ms: dict[tuple[str, bool], list[float]] = defaultdict(list)
+    with Undo() as undo:
+        for name in chain.names:
+            if name != BEFORE:
+                _time_forward(undo, model.get_submodule(name), name, device, spans)
+        plan = Plan.alone(stage.name for stage in chain.stages if stage.starts)
+        undo.enter_context(checkpointed(model, plan))
+        for count in range(WARMUP + REPEATS):
             spans.clear()
             step()
             if device == "cuda":
                 torch.cuda.synchronize()
-            for name, is_again, elapsed_ms in spans if count >= 2 else ():
-                (again_ms if is_again else forward_ms)[name].append(elapsed_ms())
-    medians = {name: statistics.median(times) for name, times in forward_ms.items()}
-    return {
-        name: (
-            medians[name],
-            statistics.median(again_ms[name])
-            if again_ms[name]
-            else medians[name] * (name not in starting),
-        )
-        for name in names
-    }
+            for name, again, elapsed_ms in spans if count >= WARMUP else ():
+                times_ms[name, again].append(elapsed_ms())
+    return {key: statistics.median(times) for key, times in times_ms.items()}
 
 
-@contextlib.contextmanager
-def _timed(module: nn.Module, name: str, device: str, spans: list) -> Iterator[None]:
+def _time_forward(
+    undo: Undo, module: nn.Module, name: str, device: str, spans: list
+) -> None:
     """Note how long each call of a module's forward takes, also one that is stopped."""
-    forward, own = module.forward, "forward" in vars(module)
+    forward = module.forward
 
     def run(*args, **kwargs):
-        is_again = torch._C._current_graph_task_id() != -1
+        again = torch._C._current_graph_task_id() != -1
         start = _now(device)
         try:
             return forward(*args, **kwargs)
         finally:
             end = _now(device)
-            spans.append((name, is_again, lambda: _elapsed_ms(start, end)))
+            spans.append((name, again, lambda: _elapsed_ms(start, end)))
 
+    if "forward" in vars(module):
+        undo.callback(setattr, module, "forward", forward)
+    else:
+        undo.callback(vars(module).pop, "forward", None)
     module.forward = run
-    try:
-        yield
-    finally:
-        if own:
-            module.forward = forward
-        else:
-            del module.forward
 
 
 def _now(device: str) -> "float | torch.cuda.Event":

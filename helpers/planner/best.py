@@ -14,20 +14,9 @@ from torch import nn
 from helpers.checkpointing import Plan
 from helpers.measure import StepReport, predict
 from helpers.planner._fronts import Front, find_fronts, one_thread
-from helpers.planner.chain import NEVER, Chain, Stage, on_cpu
+from helpers.planner.chain import NEVER, Chain, on_cpu
 from helpers.planner.profiling import profile
 from helpers.units import format_bytes
-
-__all__ = [
-    "Chain",
-    "InfeasibleBudget",
-    "Stage",
-    "best_plan",
-    "least_peak_bytes",
-    "pareto",
-    "plan_for",
-    "profile",
-]
 
 LONG, ROUGH_GAP = 200, 0.25  # stages from which on a rough plan comes first
 

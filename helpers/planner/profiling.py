@@ -6,29 +6,26 @@ asks for: what is alive where a stage begins and ends, forward and backward, and
 recomputing it needs at the start, inside and at the end of a segment.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from helpers.checkpointing import Plan, checkpointed, follows, listed_after, segments_of
-from helpers.dry_run import (
-    RememberedShapes,
-    kernels_of,
-    like_cuda,
-    meta_batch,
-    meta_model,
+from helpers.checkpointing import (
+    Plan,
+    checkpointed,
+    follows,
+    listed_after,
+    segments_of,
 )
-from helpers.measure import Loss, training_step
-from helpers.planner._marks import BEFORE, Marks, watch
+from helpers.dry_run import Imagined, as_on, meta_batch, meta_model
+from helpers.measure import Loss, OptimizerFactory, training_step
+from helpers.planner._marks import Marks, watch
 from helpers.planner._stage_bytes import Runs
-from helpers.planner._stage_times import stage_times_ms
+from helpers.planner._stage_times import in_milliseconds
 from helpers.planner.chain import Chain
 from helpers.timeline import Tracker, state_tensors, tensors_in
-
-_shapes = RememberedShapes()
 
 
 def profile(
@@ -37,14 +34,15 @@ def profile(
     *,
     parent: str | None = None,
     loss: Loss | None = None,
-    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    optimizer: OptimizerFactory | None = None,
+    autocast: torch.dtype | None = None,
     device: str = "cuda",
     measured: bool = False,
 ) -> Chain:
     """Find what each layer of a chain needs and costs.
 
     Args:
-        model, batch, loss, optimizer, device: as in ``predict``.
+        model, batch, loss, optimizer, autocast, device: as in ``predict``.
         parent: the ``nn.Sequential`` or ``nn.ModuleList`` whose children are the
             stages, by its dotted name; default: see ``chain_parent``.
         measured: whether the costs are milliseconds, measured on the device, and not
@@ -53,58 +51,42 @@ def profile(
     Raises:
         ValueError: if the model holds no chain, or its layers do not feed each other.
     """
-    meta = meta_model(model)
-    parent = chain_parent(meta) if parent is None else parent
-    prefix = f"{parent}." * bool(parent)
-    names = [prefix + name for name in meta.get_submodule(parent)._modules]
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), kernels_of(device):
-        chain = _dry_runs(meta, meta_batch(batch), names, loss, optimizer, device)
+    with as_on(device, autocast) as imagined:
+        meta, fake = meta_model(model), meta_batch(batch)
+        parent = chain_parent(meta) if parent is None else parent
+        prefix = f"{parent}." * bool(parent)
+        names = [prefix + name for name in meta.get_submodule(parent)._modules]
+        made = imagined.optimizer(optimizer, meta)
+        step = training_step(meta, fake, loss, made, autocast)
+        chain = _dry_runs(imagined, step, meta, fake, made, names)
     if not measured:
         return chain
     real = model if isinstance(model, nn.Module) else model()
-    starting = [stage.name for stage in chain.stages if stage.starts]
-    times = {BEFORE: (0.0, 0.0)} | stage_times_ms(
-        real, batch, names, starting, loss=loss, device=device
-    )
-    stages = [
-        dataclasses.replace(
-            stage, recompute_cost=times[stage.name][0], last_recompute_cost=last
-        )
-        for stage in chain.stages
-        for last in [min(times[stage.name])]
-    ]
-    return dataclasses.replace(chain, stages=tuple(stages), cost_unit="ms")
+    return in_milliseconds(chain, real, batch, loss, autocast, device)
 
 
 def _dry_runs(
+    imagined: Imagined,
+    step: Callable[[], object],
     model: nn.Module,
     batch: object,
+    optimizer: torch.optim.Optimizer | None,
     names: list[str],
-    loss: Loss | None,
-    optimizer: Callable[..., torch.optim.Optimizer] | None,
-    device: str,
 ) -> Chain:
     """Run the three dry runs, and read the chain off them."""
-    made = optimizer(model.parameters()) if optimizer else None
-    if made and device == "cuda":
-        like_cuda(made)
-    step = training_step(model, batch, loss, made)
-    devices = frozenset(("meta",) if device == "cuda" else ("meta", "cpu"))
 
     def run(plan: Plan, joined: bool = False) -> Marks:
-        tracker = Tracker(model, devices, _shapes)
+        tracker = Tracker(model, imagined.devices, imagined.run)
         tracker.expect("input", tensors_in(batch))
-        if made:
-            tracker.expect("optimizer_state", state_tensors(made))
+        tracker.expect("optimizer_state", state_tensors(optimizer) if optimizer else ())
         with checkpointed(model, plan):
             return watch(step, model, names, tracker, joined)
 
-    if made:
-        run(Plan())  # makes the optimizer's state
+    if optimizer:  # its first step makes its state
+        imagined.record(step, model, batch, optimizer)
     plain = run(Plan())
-    starting = [name for name in names if name not in plain.in_place]
-    alone_plan, joined_plan = Plan.alone(starting), _joined(model, plain, names)
-    alone = run(alone_plan)
+    alone_plan = Plan.alone(name for name in names if name not in plain.in_place)
+    alone, joined_plan = run(alone_plan), _joined(model, plain, names)
     try:
         joined = run(joined_plan, joined=True)
     except ValueError:  # a ModuleList whose owner does more than feed one to the next
@@ -142,9 +124,9 @@ def _joined(model: nn.Module, plain: Marks, names: list[str]) -> Plan:
         fed = follows(model, before, name) or listed_after(model, before, name)
         return fed and before not in plain.used_elsewhere
 
-    starts_none = plain.in_place.__contains__
+    cannot_start = plain.in_place.__contains__
     segments = (
-        tuple(itertools.dropwhile(starts_none, segment))
+        tuple(itertools.dropwhile(cannot_start, segment))
         for segment in segments_of(names, joins).segments
     )
     return Plan(tuple(filter(None, segments)))

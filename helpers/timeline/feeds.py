@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from helpers.checkpointing import follows, listed_after, marks
+from helpers.checkpointing import Undo, follows, listed_after, marks
 from helpers.timeline import tensors_in
 
 
@@ -26,6 +26,7 @@ class Call(NamedTuple):
     fed: object  # its first argument
     others: list  # marks of all others
     given: list[weakref.ref]  # the storages of all
+    in_place: bool  # whether it changes one
     returned: object
     output: list[weakref.ref]  # the storage of the first tensor that it returns
     nodes: range  # autograd's numbers of its nodes, which count up as nodes are made
@@ -40,23 +41,22 @@ def hooked(
 
     Args:
         enter: called with name, module, args and kwargs.
-        leave: called with the same and the output; also if the module fails.
+        leave: called with the same and the output; also where the module fails.
     """
 
-    def entering(name: str) -> Callable:
-        return lambda *call: enter(name, *call)
+    def with_name(function: Callable, name: str) -> Callable:
+        return lambda *call: function(name, *call)
 
-    def leaving(name: str) -> Callable:
-        return lambda *call: leave(name, *call)
-
-    with contextlib.ExitStack() as stack:
+    with Undo() as undo:
         for name in names:
-            module, options = model.get_submodule(name), {"with_kwargs": True}
-            before = module.register_forward_pre_hook(entering(name), **options)
-            stack.callback(before.remove)
-            options["always_call"] = True
-            after = module.register_forward_hook(leaving(name), **options)
-            stack.callback(after.remove)
+            module = model.get_submodule(name)
+            hook = with_name(enter, name)
+            undo.callback(
+                module.register_forward_pre_hook(hook, with_kwargs=True).remove
+            )
+            options = {"with_kwargs": True, "always_call": True}
+            hook = with_name(leave, name)
+            undo.callback(module.register_forward_hook(hook, **options).remove)
         yield
 
 
@@ -64,33 +64,35 @@ class Feeds:
     """Follows calls, and says of neighbours whether one feeds the other."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        self.model, self.names = model, names
-        self.calls: dict[str, list[Call]] = {}
-        self.in_turn: list[Call] = []
-        self._begun: list[tuple[int, int]] = []
+        self.model, self.names = model, list(names)
+        self.calls: dict[str, list[Call]] = {}  # by name
+        self.in_turn: list[Call] = []  # as forward made them
+        self._begun: list[tuple[int, int, list[int]]] = []
 
     def watching(self) -> contextlib.AbstractContextManager[None]:
         """Follow the calls inside a ``with`` block."""
         return hooked(self.model, self.names, self._enter, self._leave)
 
     def _enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._begun.append((len(self.in_turn), torch.autograd._get_sequence_nr()))
+        turn, node = len(self.in_turn), torch.autograd._get_sequence_nr()
+        self._begun.append((turn, node, _versions(args, kwargs)))
 
     def _leave(self, name, module, args: tuple, kwargs: dict, output: object) -> None:
-        turn, first_node = self._begun.pop()
+        turn, first_node, versions = self._begun.pop()
         fed, *others = args or (None,)
         last = getattr(next(tensors_in(output), None), "grad_fn", None)
         call = Call(
             name,
             turn,
-            torch._C._current_graph_task_id() != -1,
-            _reference(fed),
-            marks(tuple(others), kwargs),
-            _storages((args, kwargs)),
-            _reference(output),
-            _storages(output)[:1],
-            range(first_node, torch.autograd._get_sequence_nr()),
-            last._sequence_nr() if last else None,
+            again=torch._C._current_graph_task_id() != -1,
+            fed=_reference(fed),
+            others=marks(tuple(others), kwargs),
+            given=_storages(args, kwargs),
+            in_place=_versions(args, kwargs) != versions,
+            returned=_reference(output),
+            output=_storages(output)[:1],
+            nodes=range(first_node, torch.autograd._get_sequence_nr()),
+            last_node=last._sequence_nr() if last else None,
         )
         self.calls.setdefault(name, []).append(call)
         if not call.again:
@@ -160,5 +162,10 @@ def _reference(value: object) -> object:
     return weakref.ref(value) if isinstance(value, torch.Tensor) else type(value)
 
 
-def _storages(value: object) -> list[weakref.ref]:
-    return [weakref.ref(tensor.untyped_storage()) for tensor in tensors_in(value)]
+def _storages(*values: object) -> list[weakref.ref]:
+    return [weakref.ref(tensor.untyped_storage()) for tensor in tensors_in(values)]
+
+
+def _versions(*values: object) -> list[int]:
+    """List how often each tensor has been changed in place, where that is counted."""
+    return [x._version for x in tensors_in(values) if not x.is_inference()]
