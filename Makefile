@@ -23,14 +23,13 @@ lab: $(INSTALLED)
 	  notebooks/00_start_here.ipynb
 
 # Strict nbval: each committed output is held against a new one. A notebook's
-# cells share a kernel, so that a whole file goes to one worker. The workers have a
-# core each; with more threads they would wait for one another.
+# cells share a kernel, and a browser's tests a JupyterLab, so that a whole file goes
+# to one worker; tests/conftest.py has the order. The workers have a core each; with
+# more threads they would wait for one another.
 test: export OMP_NUM_THREADS := 1
 test: $(INSTALLED)
-	$(BIN)/pytest -n 2 --dist loadfile -m "not browser"
-	$(BIN)/pytest -m browser
-	$(BIN)/pytest --nbval --nbval-current-env --nbval-cell-timeout 120 \
-	  -n 2 --dist loadfile notebooks
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	  --nbval --nbval-current-env --nbval-cell-timeout 120 tests notebooks
 
 bench: $(INSTALLED)
 	$(BIN)/python -m tests.bench

@@ -1,4 +1,4 @@
-"""A JupyterLab and a browser for each module that drives them.
+"""A JupyterLab and a browser for each module that drives them; what is run first.
 
 What they need is imported where it is used: a machine with a GPU may have neither.
 """
@@ -12,6 +12,23 @@ import pytest
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
+
+# What takes longest comes first, so that no worker is left with it at the end; and
+# browsers come apart, so that two are seldom at work at once.
+SLOW = """tests/browser/test_lab.py notebooks/11_many_gpus.ipynb
+  tests/distributed/test_distributed.py notebooks/12_get_the_speed_back.ipynb
+  tests/browser/test_budget.py notebooks/09_choose_for_a_budget.ipynb
+  tests/planner/test_profile.py tests/test_sweep.py tests/controls/test_controls.py
+  notebooks/04_segments_and_functions.ipynb notebooks/07_out_of_memory.ipynb
+  tests/browser/test_tree.py notebooks/08_the_price_in_time.ipynb
+  tests/recording/test_recording.py tests/measure/test_measure.py
+  notebooks/10_your_model.ipynb tests/test_interrupts.py tests/test_house.py
+  tests/browser/test_recorded.py""".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: places.get(item.nodeid.split("::")[0], len(SLOW)))
 
 
 @pytest.fixture(scope="module")

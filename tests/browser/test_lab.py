@@ -27,13 +27,15 @@ pytestmark = pytest.mark.browser
 
 LARGE = {"depth": 8, "width": 1024, "activation": "gelu", "dropout": 0.0, "batch": 8192}
 SMALL = LARGE | {"depth": 4, "width": 256, "batch": 1024}  # measured on any CPU
-NAP = 3  # a cell that sleeps for some seconds
+BLOCKS = {"rows": 512, "width": 256}
+NAP = 4  # a cell that sleeps for some seconds
 CELLS = (
-    "from helpers.controls import LayerLab",
+    "from helpers.controls import LayerLab\nfrom helpers.models import unequal_blocks",
     *(
         f"LayerLab(batch={(sizes := dict(lab)).pop('batch')}, settings={sizes})"
         for lab in (LARGE, SMALL)
     ),
+    f"LayerLab(unequal_blocks, {BLOCKS['rows']}, {{'width': {BLOCKS['width']}}})",
     "import time; time.sleep(2)",
 )
 
@@ -202,24 +204,13 @@ def test_a_wrong_size_is_said_and_the_next_flip_works(large, name, value, senten
     assert_answered(large, Plan.alone(["layer2"]))
 
 
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("00_start_here", {}),
-        ("03_flip_the_layers", {"activation": "relu", "width": 256, "batch": 512}),
-        (
-            "04_segments_and_functions",
-            {"depth": 16, "activation": "relu", "width": 64, "batch": 4096},
-        ),
-        ("07_out_of_memory", {"batch": 31_445}),
-    ],
-)
-def test_a_notebook_runs_and_its_lab_answers(browser, url, name, settings):
-    """``settings`` are those that the page's own cells leave its lab at."""
-    page = open_notebook(browser, url, f"notebooks/{name}.ipynb")
+def test_a_notebook_runs_and_its_lab_answers(browser, url):
+    page = open_notebook(browser, url, "notebooks/03_flip_the_layers.ipynb")
     run_all(page)
     expect(page.locator('[data-mime-type*="error"]')).to_have_count(0)
-    panel, settings = Panel(page), LARGE | settings
+    # The page's own cells leave its lab at these sizes.
+    sizes = {"activation": "relu", "width": 256, "batch": 512}
+    panel, settings = Panel(page), LARGE | sizes
     panel.button("none").click()
     panel.wait_for(says(Plan(), settings))
     panel.box("layer2").click()
@@ -230,12 +221,9 @@ def test_a_notebook_runs_and_its_lab_answers(browser, url, name, settings):
     page.close()
 
 
-def test_the_lab_of_unequal_blocks_answers(browser, url):
-    page = open_notebook(browser, url, "notebooks/08_the_price_in_time.ipynb")
-    run_all(page)
-    expect(page.locator('[data-mime-type*="error"]')).to_have_count(0)
-    panel, blocks = Panel(page), functools.partial(unequal_blocks, 256)
-    x = torch.empty(512, 256, device="meta")
+def test_the_lab_of_unequal_blocks_answers(labs):
+    panel, blocks = Panel(labs, 2), functools.partial(unequal_blocks, BLOCKS["width"])
+    x = torch.empty(BLOCKS["rows"], BLOCKS["width"], device="meta")
     plain, ticked = (
         predict(blocks, x, plan) for plan in (Plan(), Plan.alone(["wide", "narrow"]))
     )
@@ -244,7 +232,6 @@ def test_the_lab_of_unequal_blocks_answers(browser, url):
     for name in ticked.plan.names:
         panel.box(name).click()
     panel.wait_for(finding(plain, ticked))
-    page.close()
 
 
 def test_no_click_of_a_burst_is_lost_stale_or_flickers(large):
