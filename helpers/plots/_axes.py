@@ -76,43 +76,30 @@ def rectangle(left: float, bottom: float, width: float, height: float) -> np.nda
     return np.array([(left, bottom), (right, bottom), (right, top), (left, top)])
 
 
+def note(
+    ax: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], **style
+) -> None:
+    """Write a text so many points beside what it is about."""
+    ax.annotate(text, at, offset, textcoords="offset points", **{"color": INK} | style)
+
+
 def label_above(
     ax: Axes, x: float, y: float, text: str, rise: float = 3, **style
 ) -> None:
-    ax.annotate(
-        text,
-        (x, y),
-        (0, rise),
-        textcoords="offset points",
-        ha="center",
-        **({"color": INK, "va": "bottom"} | style),
-    )
+    note(ax, text, (x, y), (0, rise), **({"ha": "center", "va": "bottom"} | style))
+
+
+def name_at_end(
+    ax: Axes, x: float, y: float, name: str, color: str, rise: float = 0
+) -> None:
+    style = {"va": "center", "weight": "bold", "color": color}
+    note(ax, name, (x, y), (8, rise), annotation_clip=False, **style)
 
 
 def name_recorded(ax: Axes, label: str, at_top: bool = False) -> None:
     """Say in a corner, in two lines, whose measurements are grey."""
     if label:
-        ax.annotate(
-            f"grey: {label.replace(', ', chr(10), 1)}",
-            (1, at_top),
-            (-3, -2 if at_top else 2),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            ha="right",
-            va="top" if at_top else "bottom",
-            size=7,
-            color=QUIET,
-        )
-
-
-def name_at_end(ax: Axes, x: float, y: float, name: str, color: str) -> None:
-    ax.annotate(
-        name,
-        (x, y),
-        (8, 0),
-        textcoords="offset points",
-        va="center",
-        weight="bold",
-        color=color,
-        annotation_clip=False,
-    )
+        text = f"grey: {label.replace(', ', chr(10), 1)}"
+        style = {"va": "top" if at_top else "bottom", "ha": "right", "size": 7}
+        style |= {"xycoords": "axes fraction", "color": QUIET}
+        note(ax, text, (1, at_top), (-3, -2 if at_top else 2), **style)

@@ -18,7 +18,7 @@ from helpers.plots._axes import (
     name_recorded,
     rectangle,
 )
-from helpers.recording.recorded import NOTHING, Recorded
+from helpers.recording import NOTHING, Recorded
 from helpers.timeline import CATEGORIES
 from helpers.units import format_change, format_ms
 
@@ -49,12 +49,11 @@ def plot_peaks(
         label_above(ax, place, bottom, text, weight="bold")
     fill_polygons(ax, boxes, colors, edgecolor="white", linewidth=0.6)
     pairs = [recorded.pair(report.plan) for report in reports.values()]
-    if any(pairs):
-        for place, pair in enumerate(pairs):
-            if pair:
-                y = pair[0].peak_bytes / size
-                ax.plot(place - 0.43, y, ">", ms=5, color=RECORDED)
-        name_recorded(ax, recorded.label, at_top=True)
+    for place, pair in enumerate(pairs):
+        if pair:
+            y = pair[0].peak_bytes / size
+            ax.plot(place - 0.43, y, ">", ms=5, color=RECORDED)
+    name_recorded(ax, recorded.label if any(pairs) else "", at_top=True)
     _label_plans(ax, reports)
     _label_categories(ax, list(reports.values()), size)
 
@@ -80,56 +79,32 @@ def _label_categories(ax: Axes, reports: Sequence[StepReport], size: int) -> Non
         height = last.get(category, 0) / size
         if category in shown:
             floor = max(bottom + height / 2, floor)
-            ax.text(
-                len(reports) - 0.55,
-                floor,
-                category.replace("_", " "),
-                va="center",
-                size=8,
-                weight="bold",
-                color=LABEL_COLORS.get(category, COLORS[category]),
-            )
+            style = {"color": LABEL_COLORS.get(category, COLORS[category]), "size": 8}
+            style |= {"va": "center", "weight": "bold"}
+            ax.text(len(reports) - 0.55, floor, category.replace("_", " "), **style)
             floor += gap
         bottom += height
 
 
 def plot_times(
-    ax: Axes,
-    reports: Mapping[str, StepReport],
-    recorded: Recorded = NOTHING,
+    ax: Axes, reports: Mapping[str, StepReport], recorded: Recorded = NOTHING
 ) -> None:
     """Draw median step times with their quartiles, and the change from the first.
 
     Args:
         recorded: what another machine measured of these plans; drawn in grey.
     """
-    grey = {
-        name: pair[0]
-        for name, report in reports.items()
-        if (pair := recorded.pair(report.plan))
-    }
-    timed = [
+    pairs = {name: recorded.pair(report.plan) for name, report in reports.items()}
+    grey = {name: pair[0] for name, pair in pairs.items() if pair}
+    series = [
         ({name: r for name, r in found.items() if r.step_ms is not None}, color)
         for found, color in ((reports, INK), (grey, RECORDED))
     ]
-    highs = [r.step_ms_quartiles[1] for found, _ in timed for r in found.values()]
+    highs = [r.step_ms_quartiles[1] for timed, _ in series for r in timed.values()]
     top = max(highs, default=0.0)
     for place, name in enumerate(reports):
-        here = [(found, color) for found, color in timed if name in found]
-        times_ms = sorted(found[name].step_ms for found, _ in here)
-        below, rise = _room_for_texts(times_ms, top, place)
-        for found, color in here:
-            side = (len(here) - 1) * (-0.13 if color == INK else 0.13)
-            is_lower = found[name].step_ms == times_ms[0]
-            _mark_time(
-                ax,
-                place + side,
-                found,
-                name,
-                color,
-                below=below and is_lower,
-                rise=3 if is_lower else rise,
-            )
+        here = [(timed, color) for timed, color in series if name in timed]
+        _mark_times(ax, place, name, here, top)
     _label_plans(ax, reports)
     ax.set_ylim(0, top * 1.5 or 1)
     ticks = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, top * 1.4)
@@ -139,19 +114,37 @@ def plot_times(
     ax.set_ylabel(unit)
     if grey and recorded.label:
         runs = next(iter(grey.values())).repeats
-        words = f"{recorded.label}, medians of {runs} runs"
-        name_recorded(ax, words, at_top=True)
+        name_recorded(ax, f"{recorded.label}, medians of {runs} runs", at_top=True)
     if not top:
-        ax.text(
-            0.5,
-            0.5,
-            "not yet\nmeasured",
-            transform=ax.transAxes,
-            ha="center",
-            va="center",
-            size=8,
-            color=QUIET,
-        )
+        style = {"ha": "center", "va": "center", "size": 8, "color": QUIET}
+        ax.text(0.5, 0.5, "not yet\nmeasured", transform=ax.transAxes, **style)
+
+
+def _mark_times(
+    ax: Axes,
+    place: int,
+    name: str,
+    series: Sequence[tuple[Mapping[str, StepReport], str]],
+    top: float,
+) -> None:
+    """Draw a plan's medians with their quartiles, and write each above or below."""
+    times_ms = sorted(timed[name].step_ms for timed, _ in series)
+    below, rise = _room_for_texts(times_ms, top, place)
+    for timed, color in series:
+        report, first = timed[name], next(iter(timed.values()))
+        x = place + (len(series) - 1) * (-0.13 if color == INK else 0.13)
+        low, high = report.step_ms_quartiles
+        ax.plot([x, x], [low, high], color=color, lw=6, alpha=0.25)
+        ax.plot(x, report.step_ms, "o", ms=5, color=color)
+        text = format_ms(report.step_ms)
+        if report is not first:
+            text += f"\n{format_change(report.step_ms, first.step_ms)}"
+        style = {"size": 8, "color": INK if color == INK else QUIET}
+        is_lower = report.step_ms == times_ms[0]
+        if below and is_lower:
+            label_above(ax, x, low, text, -4, va="top", **style)
+        else:
+            label_above(ax, x, high, text, 3 if is_lower else rise, **style)
 
 
 def _room_for_texts(
@@ -168,27 +161,3 @@ def _room_for_texts(
     if times_ms[0] > 0.15 * lines * top:
         return True, 3
     return False, 3 + 11 * lines
-
-
-def _mark_time(
-    ax: Axes,
-    x: float,
-    reports: Mapping[str, StepReport],
-    name: str,
-    color: str,
-    below: bool,
-    rise: float,
-) -> None:
-    """Draw one median with its quartiles, and write it above or below."""
-    report, first = reports[name], next(iter(reports.values()))
-    low, high = report.step_ms_quartiles
-    ax.plot([x, x], [low, high], color=color, lw=6, alpha=0.25)
-    ax.plot(x, report.step_ms, "o", ms=5, color=color)
-    text = format_ms(report.step_ms)
-    if report is not first:
-        text += f"\n{format_change(report.step_ms, first.step_ms)}"
-    ink = INK if color == INK else QUIET
-    if below:
-        label_above(ax, x, low, text, size=8, color=ink, va="top", rise=-4)
-    else:
-        label_above(ax, x, high, text, rise, size=8, color=ink)

@@ -17,7 +17,7 @@ from helpers.plots._axes import (
     name_at_end,
     name_recorded,
 )
-from helpers.recording.recorded import Recorded
+from helpers.recording import Recorded
 from helpers.units import format_ms
 
 
@@ -120,16 +120,9 @@ def plot_runs(ax: Axes, times_ms: Mapping[str, Sequence[float]]) -> None:
         ax.plot(range(1, len(times) + 1), times, "o", ms=3.5, color=color)
         ax.plot([1, longest], [middle, middle], color=color, lw=1)
         rank = sorted(medians.values()).index(middle)
-        ax.annotate(
-            f"{name}: {format_ms(middle)}",
-            (longest, middle),
-            (8, 14 * rank - 7 * (len(medians) - 1)),  # apart, where the lines are not
-            textcoords="offset points",
-            va="center",
-            weight="bold",
-            color=color,
-            annotation_clip=False,
-        )
+        apart = 14 * rank - 7 * (len(medians) - 1)  # where the lines are not
+        words = f"{name}: {format_ms(middle)}"
+        name_at_end(ax, longest, middle, words, color, rise=apart)
     ax.set_ylim(0, 1.04 * max(map(max, times_ms.values())))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylabel("ms")

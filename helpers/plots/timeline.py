@@ -17,6 +17,7 @@ from helpers.plots._axes import (
     QUIET,
     fill_polygons,
     memory_axis,
+    note,
     rectangle,
 )
 from helpers.timeline import CATEGORIES, Timeline
@@ -78,16 +79,9 @@ def _mark_peak(ax: Axes, timeline: Timeline, size: int, measured: bool) -> None:
         (f"peak {format_bytes(timeline.peak_bytes)}", 9, {"weight": "bold"}),
         (f"{event.phase}: {cause}", 0, {"color": QUIET, "size": 7.5}),
     ):
-        ax.annotate(
-            text,
-            (x, y),
-            (8 if fits_right else -8, rise),
-            textcoords="offset points",
-            ha="left" if fits_right else "right",
-            annotation_clip=False,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
-            **({"color": INK} | style),
-        )
+        style |= {"ha": "left" if fits_right else "right", "annotation_clip": False}
+        style["bbox"] = {"fc": "white", "ec": "none", "alpha": 0.8, "pad": 0.6}
+        note(ax, text, (x, y), (8 if fits_right else -8, rise), **style)
 
 
 def _layer_namer(timeline: Timeline) -> Callable[[str], str]:
@@ -129,19 +123,12 @@ def _plot_strip(ax: Axes, timeline: Timeline) -> None:
         place += length
     fill_polygons(ax, boxes, colors, edgecolor="w")
     ax.add_artist(SmallLabels(labels))
-    for text, x, align, color in (
-        ("forward", 0, "left", "#A85B20"),
-        ("backward", place, "right", QUIET),
-        ("recompute", max(recomputed[:1] + [0.14 * width]), "left", "#0072B2"),
-    ):
-        if text != "recompute" or recomputed:
-            style = {"ha": align, "va": "center", "size": 7, "color": color}
-            ax.text(
-                min(x, place - 0.29 * width) if align == "left" else x,
-                0.78 * bottom,
-                text,
-                **style,
-            )
+    y, style, latest = 0.78 * bottom, {"va": "center", "size": 7}, place - 0.29 * width
+    ax.text(min(0, latest), y, "forward", color="#A85B20", **style)
+    ax.text(place, y, "backward", color=QUIET, ha="right", **style)
+    if recomputed:
+        x = min(max(recomputed[0], 0.14 * width), latest)
+        ax.text(x, y, "recompute", color=COLORS["recomputed"], **style)
 
 
 class SmallLabels(Artist):
@@ -159,10 +146,7 @@ class SmallLabels(Artist):
         top = renderer.height if renderer.flipy() else 0
         for x, y, label in self.labels:
             x, y = self.axes.transData.transform((x, y))
-            width, height, _ = renderer.get_text_width_height_descent(
-                label, font, False
-            )
-            renderer.draw_text(
-                pen, x - width / 2, abs(top - y) + height / 2, label, font, 0
-            )
+            measured = renderer.get_text_width_height_descent(label, font, False)
+            left, low = x - measured[0] / 2, abs(top - y) + measured[1] / 2
+            renderer.draw_text(pen, left, low, label, font, 0)
         pen.restore()

@@ -6,8 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 
 from helpers.measure import StepReport
-from helpers.plots._axes import INK, RECORDED, memory_axis, name_recorded
-from helpers.recording.recorded import NOTHING, Pair, Recorded
+from helpers.plots._axes import INK, RECORDED, memory_axis, name_recorded, note
+from helpers.recording import NOTHING, Pair, Recorded
 
 
 def extra_work(report: StepReport) -> float:
@@ -38,40 +38,48 @@ def plot_tradeoff(
         labels: names for some of the rings, by place in ``predicted``.
         top_bytes: upper end of the memory axis; default: the highest peak.
     """
-    predicted = list(predicted)
+    predicted, labels = list(predicted), labels or {}
     size = memory_axis(ax, top_bytes or max(r.peak_bytes for r in predicted))
     rings = [(extra_work(r), r.peak_bytes / size) for r in predicted]
-    found = [recorded.pair(r.plan) for r in predicted]
-    dots, grey_dots = (
-        [
-            (100 * (report.step_ms / base.step_ms - 1), report.peak_bytes / size)
-            for report, base in pairs
-        ]
-        for pairs in (measured, filter(None, found))
-    )
-    named = [ring for place, ring in enumerate(rings) if place in (labels or {})]
-    for points, style in (
-        (grey_dots, {"mfc": RECORDED, "mec": "white", "mew": 0.4, "ms": 5}),
-        (rings, {"mfc": "none", "mec": "#A8A8A8"}),
-        (dots, {"mfc": INK, "mec": INK}),
-        (named, {"mfc": "none", "mec": INK}),
-    ):
-        ax.plot(*zip(*points or [((), ())], strict=True), "o", clip_on=False, **style)
-    right = max([40.0, *(x for x, _ in rings + dots + grey_dots)])
-    left = min([0.0, *(x for x, _ in dots + grey_dots)])  # times vary, and may be below
+    dots = _extra_times(measured, size)
+    grey = _extra_times(filter(None, (recorded.pair(r.plan) for r in predicted)), size)
+    named = {place: rings[place] for place in sorted(labels)}
+    _plot_points(ax, grey, mfc=RECORDED, mec="white", mew=0.4, ms=5)
+    _plot_points(ax, rings, mfc="none", mec="#A8A8A8")
+    _plot_points(ax, dots, mfc=INK, mec=INK)
+    _plot_points(ax, named.values(), mfc="none", mec=INK)
+    _work_axis(ax, rings, dots + grey)
+    over_dots = bool(grey and recorded.label)  # not in the lab: it is too slow
+    _label_rings(ax, named, labels, over_dots)
+    unit = "%" if grey else "% of a step"
+    also = ", grey: recorded" if grey and not recorded.label else ""
+    ax.set_xlabel(f"extra work, {unit}: ○ FLOPs  ● time{also}")
+    name_recorded(ax, recorded.label if grey else "")
+
+
+def _extra_times(pairs: Iterable[Pair], size: int) -> list[tuple[float, float]]:
+    """Place pairs (report, the unchecked model's) at their extra time and peak."""
+    return [
+        (100 * (report.step_ms / base.step_ms - 1), report.peak_bytes / size)
+        for report, base in pairs
+    ]
+
+
+def _plot_points(ax: Axes, points: Iterable[tuple[float, float]], **style) -> None:
+    if points:
+        ax.plot(*zip(*points, strict=True), "o", clip_on=False, **style)
+
+
+def _work_axis(
+    ax: Axes, rings: list[tuple[float, float]], dots: list[tuple[float, float]]
+) -> None:
+    """Make room for all points, and for those of the axes that share this one's x."""
+    right = max([40.0, *(x for x, _ in rings + dots)])
+    left = min([0.0, *(x for x, _ in dots)])  # times vary, and may be below
     ends = [left - 0.03 * right, right * 1.1]
     for other in ax.get_shared_x_axes().get_siblings(ax):
         ends += other.get_xlim() if other is not ax and other.lines else ()
     ax.set_xlim(min(ends), max(ends))
-    over_dots = bool(grey_dots and recorded.label)  # not in the lab: it is too slow
-    named_rings = {place: rings[place] for place in labels or {}}
-    _label_rings(ax, named_rings, labels or {}, over_dots)
-    if grey_dots:
-        note = "" if recorded.label else ", grey: recorded"  # which the label says
-        ax.set_xlabel(f"extra work, %: ○ FLOPs  ● time{note}")
-        name_recorded(ax, recorded.label)
-    else:
-        ax.set_xlabel("extra work, % of a step: ○ FLOPs  ● time")
 
 
 def _label_rings(
@@ -88,14 +96,7 @@ def _label_rings(
         close = any(abs(x - a) < 0.3 * right and b - y < 0.075 * top for a, b in above)
         above.append((x, y))
         near_end = x > 0.8 * right
-        ax.annotate(
-            labels[place],
-            (x, y),
-            (-7 if near_end else 7, -4 if close else 5),
-            textcoords="offset points",
-            ha="right" if near_end else "left",
-            va="top" if close else "baseline",
-            size=8,
-            color=INK,
-            path_effects=halo,
-        )
+        style = {"ha": "right" if near_end else "left", "size": 8, "path_effects": halo}
+        style["va"] = "top" if close else "baseline"
+        offset = -7 if near_end else 7, -4 if close else 5
+        note(ax, labels[place], (x, y), offset, **style)

@@ -16,11 +16,13 @@ from helpers.controls import _picture as picture
 from helpers.controls._picture import PALETTE
 from helpers.controls._remembered_text import TextMemoryCanvas
 from helpers.measure import predict
-from helpers.models import unequal_blocks, uniform_mlp
-from helpers.models.architectures import GPT
+from helpers.models import GPT, unequal_blocks, uniform_mlp
 from helpers.plots import (
     COLORS,
+    STYLE,
     extra_work,
+    memory_axis,
+    memory_unit,
     plot_agreement,
     plot_frontier,
     plot_lines,
@@ -31,7 +33,6 @@ from helpers.plots import (
     plot_times,
     plot_tradeoff,
 )
-from helpers.plots._axes import STYLE, memory_axis, memory_unit
 from helpers.timeline import CATEGORIES
 
 MIB = 2**20
