@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 
 from helpers.plots._axes import INK, QUIET, RECORDED, memory_unit
-from helpers.recording.compare import Comparison
+from helpers.recording import Comparison
 
 
 def plot_comparison(ax: Axes, comparisons: Sequence[Comparison]) -> None:
@@ -13,8 +13,8 @@ def plot_comparison(ax: Axes, comparisons: Sequence[Comparison]) -> None:
 
     Cases whose error is not 0 have a dark rim, and the largest error is named.
     """
-    measured = [one.measured_bytes for one in comparisons]
-    predicted = [one.predicted_bytes for one in comparisons]
+    measured = [one.measured.allocator_peak_bytes for one in comparisons]
+    predicted = [one.predicted.allocator_peak_bytes for one in comparisons]
     size, unit = memory_unit(max(measured))
     ends = [0.5 * min(measured) / size, 2 * max(measured) / size]
     ax.plot(ends, ends, color=QUIET, lw=0.8, zorder=1)
@@ -30,10 +30,11 @@ def plot_comparison(ax: Axes, comparisons: Sequence[Comparison]) -> None:
     ax.set_xlabel(f"measured peak, {unit}")
     ax.set_ylabel(f"predicted, {unit}")
     worst = max(comparisons, key=lambda one: abs(one.error))
+    place = comparisons.index(worst)
     if worst.error_bytes:
         ax.annotate(
             f"{worst.error_bytes:+,} B ({100 * worst.error:+.3f} %)",
-            (worst.measured_bytes / size, worst.predicted_bytes / size),
+            (measured[place] / size, predicted[place] / size),
             (8, -8),
             textcoords="offset points",
             va="top",

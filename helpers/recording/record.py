@@ -1,44 +1,135 @@
-"""Measure what a recording holds, on this machine's GPU, and keep it as it comes.
+"""Measure a fixed set of steps on this machine's GPU, and keep each as it comes.
 
 It can be stopped at any moment: what is in the file is not measured again. A step that
 is out of memory is noted, and the others go on.
 """
 
 import datetime
+import itertools
 import random
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from helpers.allocator import this_gpu
-from helpers.checkpointing import Plan, checkpointed
+from helpers.checkpointing import Plan, checkpointed, segments_of
 from helpers.measure import (
-    StepReport,
     free_memory,
-    is_out_of_memory,
     largest_batch,
     measure_plans,
     memory_limit,
-    predict,
-    random_numbers_kept,
     training_step,
 )
-from helpers.recording import compare as comparison
-from helpers.recording._schema import RecordingError
-from helpers.recording._set import Group, Search, groups, searches
-from helpers.recording.file import (
-    RecordedCase,
-    RecordedSearch,
+from helpers.recording.compare import compared, summed_up
+from helpers.recording.recorded import (
+    OPTIMIZERS,
+    PRECISIONS,
+    Group,
     Recording,
-    file_name,
+    RecordingError,
+    Search,
+    Step,
     read,
     write,
 )
 
-REPEATS, WARMUP, SEED = 20, 3, 0
+# The set: a few minutes on a modern GPU ---------------------------------------------
+REPEATS, WARMUP = 20, 3
+LAYERS = [f"layer{place}" for place in range(1, 18)]
+BLOCKS = ("wide", "pointwise", "deep", "narrow", "head")
+WAIST = [1024, 2048, 2048, 512, 2048, 1024]  # the widths of notebook 09, outputs apart
+BOTH = ("relu", "gelu")
+SHAPES = list(
+    itertools.product((8, 16), BOTH, (0.0, 0.1))
+)  # depth, activation, dropout
+# Plans that notebooks name, draw as a front, or reach with the slider: "1-2 5" joins
+# the first two layers.
+WAIST_NAMED = (
+    "1 2-3 4, 1 2-3, 1-2, 2-3, 1 3 4, 1 4, 1, 4, 1 2 3 4 5 6, 1-3, 1-2 3-4 5-6"
+)
+NAMED = {
+    6: "1, 1-2, 1-3, 1-2 3-4, 1-2 3-4 5",
+    8: "1-4, 5-8, 1, 1-2, 1-3, 1-3 5-6, 1-3 5-6 8, 1-4 6-8, 7, 5-6, 3-5, 1-2 3-5, "
+    "1-2 3-4 5-6, 1-2 3-4 5-6 7, 1-3 4-6, 1-3 4-5 6-7, 1-2 3-4, 2-4, 6-8",
+}
+
+
+def groups() -> Iterator[Group]:
+    """List what is measured; first, in smaller sizes, what a CPU can bear as well."""
+    for activation in BOTH:
+        yield uniform(8, activation, width=256, rows=512)
+    for share, rows in ((8, 1024), (1, 8192)):
+        widths = [*(width // share for width in WAIST), 10]
+        step = Step("MLP", {"widths": widths, "activation": "gelu"}, rows)
+        yield Group(step, (Plan(), *named(WAIST_NAMED)))
+    for width, rows in ((256, 512), (1024, 4096)):
+        ticked = [(), *zip(BLOCKS, strict=True), BLOCKS[:2]]
+        step = Step("unequal_blocks", {"width": width}, rows)
+        yield Group(step, tuple(map(Plan.alone, ticked)))
+    for rows in (32, 8192, 65536):
+        yield Group(Step("DocsMLP", {}, rows), boxes(3))
+    for shape in ((6, "gelu", 0.0), *SHAPES):
+        yield uniform(*shape)
+    for words in itertools.product(BOTH, OPTIMIZERS, PRECISIONS):
+        activation, *others = words
+        if others != ["none", "float32"]:  # which is above
+            step = Step("uniform_mlp", {"activation": activation}, 8192, *others)
+            yield Group(step, in_pieces(8, (1, 3)))
+    yield Group(Step("uniform_mlp", {}, 8192), boxes(8))
+    for shape in SHAPES:
+        yield uniform(*shape, width=4096, rows=2048)
+    for activation in BOTH:  # the lab's own batch, at most of the work
+        yield uniform(8, activation, width=4096)
+
+
+def searches() -> Iterator[Search]:
+    """List the largest batches that are searched for."""
+    for activation, plan in itertools.product(BOTH, in_pieces(8, (1, 3))):
+        step = Step("uniform_mlp", {"activation": activation}, rows=1)
+        yield Search(step, plan, 2 * 2**30)
+
+
+def uniform(
+    depth: int, activation: str, dropout: float = 0.0, width=1024, rows=8192
+) -> Group:
+    """Make a uniform MLP's group: none, each alone, all joined, in pieces, named."""
+    every = (depth, width, dropout) == (16, 1024, 0.0)
+    plans = in_pieces(depth, range(1, 17) if every else (1, depth, 2, 3, 4))
+    if width < 4096:  # as the lab's shortcuts tick them, the last layer too
+        plans += in_pieces(depth + 1, (1, depth + 1, 2, 3, 4))
+        plans += () if dropout else named(NAMED.get(depth, ""))
+    settings = {"depth": depth, "width": width, "activation": activation}
+    step = Step("uniform_mlp", settings | {"dropout": dropout}, rows)
+    return Group(step, tuple(dict.fromkeys(plans)))
+
+
+def boxes(depth: int) -> tuple[Plan, ...]:
+    """Make a plan for each combination of ticks, each layer alone; none comes first."""
+    ticks = itertools.product((False, True), repeat=depth)
+    return tuple(Plan.alone(itertools.compress(LAYERS, row)) for row in ticks)
+
+
+def in_pieces(depth: int, sizes: Iterable[int]) -> tuple[Plan, ...]:
+    """Join layers to segments of each size; no checkpointing comes first."""
+    return Plan(), *(segments_of(LAYERS[:depth], lambda *_: True, k) for k in sizes)
+
+
+def named(text: str) -> tuple[Plan, ...]:
+    """Read plans off the numbers of their layers."""
+
+    def plan(words: str) -> Plan:
+        ends = [span.partition("-") for span in words.split()]
+        return Plan(tuple(LAYERS[int(a) - 1 : int(b or a)] for a, _, b in ends))
+
+    return tuple(map(plan, text.split(", ")))
+
+
+# Measured ---------------------------------------------------------------------------
 
 
 def record(
@@ -46,38 +137,42 @@ def record(
     blank: Recording,
     wanted: Iterable[Group],
     searched: Iterable[Search] = (),
-    *,
     device: str = "cuda",
-    say: Callable[[str], object] = print,
 ) -> Recording:
     """Measure what is not in the file yet, and write the file after each group.
 
     Args:
-        blank: a recording of this machine without cases, its settings included.
+        blank: a recording of this machine that is empty.
 
     Raises:
         RecordingError: if there is a file, and it is of another machine or settings.
         OSError: if the file cannot be written.
     """
-    recording = resumed(path, blank)
-    wanted, searched = list(wanted), list(searched)
+    recording, wanted = resumed(path, blank), list(wanted)
+    done = [replace(one, measured=()) for one in recording.groups]
     for place, group in enumerate(wanted, 1):
-        title = f"[{place}/{len(wanted)}] {group.step}"
-        if recording.has([(group.step, plan) for plan in group.plans]):
-            say(f"{title}: there already")
+        print(f"[{place}/{len(wanted)}] {group.step}, {len(group.plans)} plans", end="")
+        if group in done:
+            print(": there already")
             continue
         started = time.monotonic()
-        cases = measure_group(group, device, say=say, **recording.settings)
-        recording = recording.with_cases(cases)
+        found = measure_group(group, device, blank.repeats, blank.warmup)
+        recording = replace(recording, groups=(*recording.groups, found))
         write(recording, path)
-        say(f"{title}: {outcome(cases)} ({time.monotonic() - started:.0f} s)")
-    done = [found.search for found in recording.searches]
+        words = summed_up(compared(replace(blank, groups=(found,))))
+        missing = len(found.plans) - len(found.measured)
+        print(
+            f": {words}, {missing} out of memory ({time.monotonic() - started:.0f} s)"
+        )
+    done = [
+        replace(one, predicted_rows=0, measured_rows=0) for one in recording.searches
+    ]
     for search in searched:
         if search not in done:
             found = run_search(search, device)
-            recording = recording.with_search(found)
+            recording = replace(recording, searches=(*recording.searches, found))
             write(recording, path)
-            say(comparison.describe_search(found))
+            print(found)
     return recording
 
 
@@ -86,10 +181,9 @@ def resumed(path: Path, blank: Recording) -> Recording:
     if not path.exists():
         return blank
     found = read(path)
-    same = ("gpu", "driver", "cuda", "torch", "processors", "threads")
-    for name in (*same, "settings", "made_up"):
-        there, here = getattr(found, name), getattr(blank, name)
-        if there != here:
+    same = replace(found, date=blank.date, groups=blank.groups, searches=blank.searches)
+    for name, there in vars(same).items():
+        if there != (here := getattr(blank, name)):
             raise RecordingError(
                 f"{path} is of another run: its {name!r} is {there!r}, and here it is "
                 f"{here!r}; record into another --folder, or take the file away"
@@ -97,183 +191,87 @@ def resumed(path: Path, blank: Recording) -> Recording:
     return found
 
 
-def measure_group(
-    group: Group,
-    device: str,
-    repeats: int,
-    warmup: int,
-    say: Callable[[str], object] = print,
-) -> list[RecordedCase]:
-    """Measure a group's plans in one interleaved run, as many as have room.
-
-    Args:
-        say: told now and then how many steps have been run.
-    """
-    predicted = [_predicted(group, plan, device) for plan in group.plans]
-    plans, reports = list(group.plans), {}
-    while plans and not reports:
+def measure_group(group: Group, device: str, repeats: int, warmup: int) -> Group:
+    """Measure a group's plans in one interleaved run, as many as have room."""
+    step, plans = group.step, list(group.plans)
+    counts = {"repeats": repeats, "warmup": warmup, "shuffle": random.Random(0)}
+    while plans:
+        model = batch = None  # of the run before
+        free_memory(device)
         try:
-            reports = _measured(group, plans, device, repeats, warmup, say)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        if not reports:  # the one that needs most is the first to go
-            free_memory(device)
-            largest = max(
-                (report for report in predicted if report.plan in plans),
-                key=lambda report: report.peak_bytes,
+            with torch.device(device):
+                model, batch = step.make_model(), step.make_batch()
+            settings = {"device": device} | counts | step.options
+            return replace(
+                group, measured=tuple(measure_plans(model, batch, plans, **settings))
             )
-            plans.remove(largest.plan)
-    free_memory(device)
-    base_ms = reports[Plan()].step_ms if Plan() in reports else None
-    return [
-        RecordedCase(
-            group.step,
-            report,
-            reports.get(report.plan),
-            base_ms if report.plan in reports else None,
-        )
-        for report in predicted
-    ]
+        except torch.OutOfMemoryError:  # the plan that needs most is the first to go
+            needs = {plan: step.predicted(plan, device).peak_bytes for plan in plans}
+            plans.remove(max(plans, key=needs.get))
+    return group
 
 
-def _predicted(group: Group, plan: Plan, device: str) -> StepReport:
-    step = group.step
-    with torch.device("meta"):
-        batch = step.make_batch()
-    return predict(step.make_model, batch, plan, device=device, **step.options)
-
-
-def _measured(
-    group: Group,
-    plans: list[Plan],
-    device: str,
-    repeats: int,
-    warmup: int,
-    say: Callable[[str], object],
-) -> dict[Plan, StepReport]:
-    with random_numbers_kept():
-        torch.manual_seed(SEED)
-        with torch.device(device):
-            model, batch = group.step.make_model(), group.step.make_batch()
-    reports = measure_plans(
-        model,
-        batch,
-        plans,
-        device=device,
-        repeats=repeats,
-        warmup=warmup,
-        between_steps=_teller(say),
-        shuffle=random.Random(SEED),
-        **group.step.options,
-    )
-    return dict(zip(plans, reports, strict=True))
-
-
-def _teller(say: Callable[[str], object]) -> Callable[[], None]:
-    """Make a function that counts its calls, and says how many at most every 15 s."""
-    steps, said = 0, time.monotonic()
-
-    def tell() -> None:
-        nonlocal steps, said
-        steps += 1
-        if time.monotonic() - said > 15:
-            say(f"  … {steps:,} steps")
-            said = time.monotonic()
-
-    return tell
-
-
-def run_search(search: Search, device: str) -> RecordedSearch:
+def run_search(search: Search, device: str) -> Search:
     """Find the largest batch under a limit, by predictions and by steps that are run.
 
     CUDA's own limit is on what its allocator reserves, workspaces included.
     """
-    step, options = search.step, search.step.options
-    with torch.device("meta"):
-        shapes = step.make_model()
+    free_memory(device)
+    with torch.device(device):
+        model = search.step.make_model()
 
     def should_fit(rows: int) -> bool:
-        with torch.device("meta"):
-            batch = step.make_batch(rows)
-        report = predict(shapes, batch, search.plan, device=device, **options)
+        report = replace(search.step, rows=rows).predicted(search.plan, device)
         return report.allocator_peak_bytes <= search.limit_bytes
 
-    with torch.device(device):
-        model = step.make_model()
-    optimizer = options["optimizer"] and options["optimizer"](model.parameters())
-
     def fits(rows: int) -> bool:
+        model.zero_grad(set_to_none=True)
         try:
             with memory_limit(search.limit_bytes, device):
                 with torch.device(device):
-                    batch = step.make_batch(rows)
-                training_step(model, batch, None, optimizer, options["autocast"])()
+                    batch = replace(search.step, rows=rows).make_batch()
+                training_step(model, batch)()
         except torch.OutOfMemoryError:
             return False
-        finally:
-            model.zero_grad(set_to_none=True)
         return True
 
     with checkpointed(model, search.plan):
-        run = largest_batch(fits)
-    free_memory(device)
-    return RecordedSearch(search, largest_batch(should_fit), run)
-
-
-def outcome(cases: list[RecordedCase]) -> str:
-    """Say in a few words how a group's predictions did."""
-    measured = [case for case in cases if case.measured]
-    same = sum(
-        c.measured.allocator_peak_bytes == c.predicted.allocator_peak_bytes
-        for c in measured
-    )
-    words = f"{same} of {len(measured)} as predicted to the byte"
-    missing = len(cases) - len(measured)
-    return f"{words}, {missing} out of memory" if missing else words
-
-
-# This machine -----------------------------------------------------------------------
-
-
-def run(folder: Path) -> int:
-    """Record this machine's GPU, and compare; 1 if it stopped, after one sentence."""
-    blank = this_machine()
-    path = folder / file_name(blank.gpu, blank.torch)
-    print(f"{blank.label}, driver {blank.driver}, into {path}")
-    try:
-        recording = record(path, blank, groups(), searches())
-    except RecordingError as error:
-        print(error)
-        return 1
-    except OSError as error:
-        print(f"{path} cannot be written ({error.strerror}); what it held is kept")
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here")
-        return 1
-    print(*comparison.lines(comparison.compare(recording)), sep="\n")
-    return 0
+        measured_rows = largest_batch(fits)
+    predicted_rows = largest_batch(should_fit)
+    return replace(search, predicted_rows=predicted_rows, measured_rows=measured_rows)
 
 
 def this_machine() -> Recording:
-    """Make the recording of this machine that has no cases yet."""
+    """Make the recording of this machine that is empty yet."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.check_output(query, text=True, timeout=60).split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        driver = "unknown"
     return Recording(
         gpu=torch.cuda.get_device_name(),
-        driver=_driver(),
+        driver=driver,
         cuda=torch.version.cuda or "none",
         torch=torch.__version__,
         date=datetime.date.today().isoformat(),
         **this_gpu()._asdict(),
-        settings={"repeats": REPEATS, "warmup": WARMUP},
+        repeats=REPEATS,
+        warmup=WARMUP,
     )
 
 
-def _driver() -> str:
-    """Ask for the driver's version."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def run(folder: Path) -> None:
+    """Record this machine's GPU, and compare; if it stops, end with one sentence."""
+    blank = this_machine()
+    path = folder / blank.file_name
+    print(f"{blank.label}, driver {blank.driver}, into {path}")
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return (answer.stdout.split() or ["unknown"])[0]
+        comparisons = compared(record(path, blank, groups(), searches()))
+    except RecordingError as error:
+        sys.exit(str(error))
+    except OSError as error:
+        sys.exit(f"{path} cannot be written ({error.strerror}); what it held is kept")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
+    wrong = (one for one in comparisons if one.error_bytes)
+    print(*wrong, summed_up(comparisons), sep="\n")

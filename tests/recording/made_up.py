@@ -8,42 +8,36 @@ from pathlib import Path
 
 import torch
 
-from helpers.checkpointing import Plan
-from helpers.recording._set import Group, Search, Step, boxes, pieces
-from helpers.recording.file import Recording
-from helpers.recording.record import record
+from helpers.recording import Recording
+from helpers.recording.record import boxes, in_pieces, record
+from helpers.recording.recorded import Group, Search, Step
 
 FIXTURE = Path(__file__).parent / "fixtures" / "made_up_recording.json"
 GPU = "made up for tests"
+SETTINGS = {"depth": 3, "width": 16, "activation": "gelu"}
 LAYERS = ["layer1", "layer2", "layer3"]
-PLANS = (Plan(), Plan.alone(LAYERS), pieces(LAYERS, 2), pieces(LAYERS, 3))
+PLANS = in_pieces(3, (1, 2, 3))
 
 
 def tiny(optimizer: str = "none", precision: str = "float32", **settings) -> Step:
     """Make a step of a tiny MLP."""
-    settings = {
-        "depth": 3,
-        "width": 16,
-        "activation": "gelu",
-        "dropout": 0.0,
-    } | settings
-    return Step("uniform_mlp", settings, 64, optimizer, precision)
+    return Step("uniform_mlp", SETTINGS | settings, 64, optimizer, precision)
 
 
 GROUPS = [
-    Group(Step("DocsMLP", {}, 32), boxes(LAYERS)),
+    Group(Step("DocsMLP", {}, 32), boxes(3)),
     Group(tiny(), PLANS),
     Group(tiny(dropout=0.1, activation="relu"), PLANS),
     Group(tiny("AdamW"), PLANS[:3]),
     Group(tiny("AdamW fused"), PLANS[:3]),
     Group(tiny("SGD", "bfloat16"), PLANS[:3]),
-    Group(tiny(), boxes(LAYERS)),
+    Group(tiny(), boxes(3)),
 ]
 SEARCHES = [Search(tiny(), plan, 200_000) for plan in PLANS[:2]]
 
 
 def blank(**changes: object) -> Recording:
-    """Make a recording of no GPU without cases."""
+    """Make a recording of no GPU that is empty."""
     return Recording(
         **{
             "gpu": GPU,
@@ -53,7 +47,8 @@ def blank(**changes: object) -> Recording:
             "date": "2000-01-01",
             "processors": 1,
             "threads": 1,
-            "settings": {"repeats": 2, "warmup": 1},
+            "repeats": 2,
+            "warmup": 1,
             "made_up": True,
         }
         | changes

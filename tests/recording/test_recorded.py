@@ -3,22 +3,16 @@
 import dataclasses
 
 import pytest
-import torch
 from matplotlib.figure import Figure
 
-from helpers import planner
 from helpers.checkpointing import Plan
-from helpers.measure import predict
-from helpers.models import MLP, uniform_mlp
-from helpers.plots import plot_lines, plot_peaks, plot_times, plot_tradeoff
+from helpers.controls._picture import LabPicture
+from helpers.plots import INK, plot_lines, plot_peaks, plot_times, plot_tradeoff
 from helpers.plots._axes import RECORDED
-from helpers.recording._set import NAMED, WAIST, WAIST_NAMED, groups, segments
-from helpers.recording.compare import compare, table
-from helpers.recording.file import file_name, read, write
-from helpers.recording.recorded import NOTHING, find_recorded, recordings
-from tests.recording.made_up import FIXTURE, PLANS, tiny
+from helpers.recording import NOTHING, Recorded, all_recorded, find_recorded, recordings
+from helpers.recording.recorded import read, write
+from tests.recording.made_up import FIXTURE, PLANS, SETTINGS, tiny
 
-SETTINGS = {"depth": 3, "width": 16, "activation": "gelu"}
 TINY = "uniform_mlp", SETTINGS, 64
 OLD, NEW = "A100, torch none, 2001-01-01", "H100, torch none, 2002-02-02"
 KIB = 2**10
@@ -30,7 +24,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recordings")
     for gpu, date in (("A100", "2001-01-01"), ("H100", "2002-02-02")):
         real = dataclasses.replace(read(FIXTURE), gpu=gpu, date=date, made_up=False)
-        write(real, folder / file_name(gpu, "none"))
+        write(real, folder / real.file_name)
     return folder
 
 
@@ -41,9 +35,7 @@ def gpu(folder):
 
 @pytest.fixture(scope="module")
 def reports():
-    with torch.device("meta"):
-        batch = tiny().make_batch()
-    return [predict(tiny().make_model, batch, plan) for plan in PLANS]
+    return [tiny().predicted(plan, "cuda") for plan in PLANS]
 
 
 @pytest.fixture
@@ -51,8 +43,12 @@ def ax():
     return Figure().add_subplot()
 
 
+def drawn(ax) -> list:
+    return [line for line in ax.lines if len(line.get_xdata())]
+
+
 def grey(ax) -> list:
-    return [line for line in ax.lines if line.get_markerfacecolor() == RECORDED]
+    return [line for line in drawn(ax) if line.get_markerfacecolor() == RECORDED]
 
 
 def notes(ax) -> list[str]:
@@ -84,6 +80,39 @@ def test_a_plan_is_found_by_itself_and_by_its_text(gpu):
     plan = PLANS[1]
     assert gpu.pair(plan) == gpu.pair(str(plan)) == gpu.pairs[plan]
     assert gpu.pair(Plan((("layer2", "layer3"),))) is None is NOTHING.pair(plan)
+
+
+def test_reports_are_paired_with_no_checkpointing_of_the_same_run(folder):
+    found = all_recorded(*TINY, folder=folder)
+    assert [one.label for one in found] == [NEW, OLD]
+    groups = [group for group in read(FIXTURE).groups if group.step == tiny()]
+    for plan, (report, base) in found[0].pairs.items():
+        group = next(group for group in groups if plan in group.plans)
+        for one, wanted in ((report, plan), (base, Plan())):
+            (measured,) = (m for m in group.measured if m.plan == wanted)
+            assert one == dataclasses.replace(measured, source="recorded")
+    assert len(found[0].pairs) == 10 and len(groups) == 2
+    assert len(all_recorded("DocsMLP", {}, 32, folder)[1].pairs) == 8
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "rows"),
+    [
+        ("uniform_mlp", SETTINGS, 65),
+        ("uniform_mlp", SETTINGS | {"depth": 4}, 64),
+        ("uniform_mlp", SETTINGS | {"heads": 4}, 64),
+        ("DocsMLP", SETTINGS, 64),
+        ("another", {}, 64),
+        ("<lambda>", {}, 64),
+    ],
+)
+def test_what_was_not_recorded_is_not_found(model, settings, rows, folder):
+    assert all_recorded(model, settings, rows, folder) == []
+
+
+def test_without_recordings_there_is_nothing(tmp_path):
+    assert all_recorded(*TINY, folder=tmp_path / "none") == []
+    assert recordings(tmp_path / "none") == []
 
 
 # Drawn
@@ -149,56 +178,64 @@ def test_a_line_has_a_grey_dot_where_its_plan_was_recorded(ax, gpu, reports):
     assert notes(ax) == ["grey: H100\ntorch none, 2002-02-02"]
 
 
-# Summed up, and complete
+def timed(report, ms):
+    return dataclasses.replace(report, step_ms=ms, step_ms_quartiles=(ms - 1, ms + 1))
 
 
-def test_the_table_counts_cases_and_has_the_largest_error():
-    comparisons = compare(read(FIXTURE))
-    first, *others = comparisons
-    off = {
-        name: getattr(first.predicted, name) - 3
-        for name in ("peak_bytes", "allocator_peak_bytes")
-    }
-    worse = dataclasses.replace(
-        first, predicted=dataclasses.replace(first.predicted, **off)
-    )
-    found = table([worse, *others])
-    docs = found[found.model == "DocsMLP"].iloc[0]
-    assert (docs.rows, docs.cases, docs.exact, docs.largest_error_bytes) == (
-        32,
-        8,
-        7,
-        3,
-    )
-    assert found.cases.sum() == len(comparisons) == found.exact.sum() + 1
-    assert len(found) == len({tuple(one) for one in found.iloc[:, :4].values})
+def test_recorded_times_are_grey_and_beside_the_measured_ones(ax, reports):
+    none, plan = reports[:2]
+    base, slower = timed(none, 10), timed(plan, 13)
+    pairs = {none.plan: (base, base), plan.plan: (slower, base)}
+    grey = Recorded("GPU, torch 2, today", pairs)
+    note = "grey: GPU\ntorch 2, today, medians of 0 runs"
+    plot_times(ax, {"none": none, "plan": plan}, grey)
+    assert [text.get_text() for text in ax.texts] == ["10 ms", "13 ms\n+30 %", note]
+    assert {line.get_color() for line in ax.lines} == {RECORDED}
+    ax.clear()
+    both = {"none": timed(none, 11), "plan": timed(plan, 110)}
+    plot_times(ax, both, grey)
+    dots = [line for line in ax.lines if line.get_marker() == "o"]
+    found = [(dot.get_color(), *dot.get_xydata()[0]) for dot in dots]
+    assert [(color, y) for color, _, y in found] == [
+        (INK, 11), (RECORDED, 10), (INK, 110), (RECORDED, 13),
+    ]  # fmt: skip
+    assert [round(x) for _, x, _ in found] == [0, 0, 1, 1]
+    assert found[0][1] < 0 < found[1][1], "side by side"
+    above = {text.get_text(): text.get_va() == "bottom" for text in ax.texts[:-1]}
+    assert above == {
+        "11 ms": True, "10 ms": True, "110 ms\n+900 %": True, "13 ms\n+30 %": True,
+    }  # fmt: skip
+    rises = {text.get_text(): text.xyann[1] for text in ax.texts}
+    assert rises["11 ms"] > rises["10 ms"] + 10, "no room below: one above the other"
+    ax.clear()
+    plot_times(ax, {"none": timed(none, 12)}, grey)
+    assert [text.get_va() for text in ax.texts[:2]] == ["bottom", "top"]
 
 
-@pytest.mark.parametrize(
-    ("factory", "settings", "names"),
-    [
-        (uniform_mlp, {"depth": 8, "width": 1024, "activation": "gelu"}, NAMED[8]),
-        (uniform_mlp, {"depth": 8, "width": 1024, "activation": "relu"}, NAMED[8]),
-        (MLP, {"widths": WAIST, "activation": "gelu"}, WAIST_NAMED),
-    ],
-    ids=["gelu", "relu", "waist"],
-)
-def test_the_plans_worth_having_are_recorded(factory, settings, names):
-    """The planner says which they are; those of notebook 09's slider and pictures."""
-    x = torch.empty(8192, 1024, device="meta")
-    front = planner.pareto(planner.profile(factory(**settings), x))
-    named = {Plan(), *map(segments, names.split(", "))}
-    assert {plan for *_, plan in front} <= named
-    recorded = {
-        plan
-        for group in groups()
-        if group.step.model == factory.__name__
-        and settings.items() <= group.step.settings.items()
-        and (group.step.rows, group.step.optimizer) == (8192, "none")
-        for plan in group.plans
-    }
-    assert named <= recorded
+def test_recorded_plans_are_grey_dots_in_the_tradeoff(ax, reports):
+    reports, base = reports[:2], timed(reports[0], 10)
+    found = {PLANS[1]: (timed(reports[1], 15), base), PLANS[2]: (base, base)}
+    plot_tradeoff(ax, reports, recorded=Recorded(pairs=found))
+    grey, rings = drawn(ax)
+    assert grey.get_markerfacecolor() == RECORDED
+    assert grey.get_xdata().tolist() == [pytest.approx(50)]
+    assert grey.get_ydata()[0] == rings.get_ydata()[1]
+    assert rings.get_markerfacecolor() == "none"
+    assert ax.get_xlabel().endswith("grey: recorded") and not ax.texts
+    ax.clear()
+    plot_tradeoff(ax, reports)
+    assert len(drawn(ax)) == 1 and "recorded" not in ax.get_xlabel()
 
 
-def test_a_plan_is_read_off_numbers():
-    assert segments("1-3 5") == Plan((("layer1", "layer2", "layer3"), ("layer5",)))
+def test_the_labs_picture_shows_the_plans_that_were_tried_and_recorded(reports):
+    none, plan = reports = reports[:2]
+    base = timed(none, 10)
+    found = {none.plan: (base, base), plan.plan: (timed(plan, 13), base)}
+    drawer = LabPicture()
+    plain = drawer.draw(none, plan, reports)
+    grey = drawer.draw(none, plan, reports, recorded=found)
+    assert drawer.draw(none, plan, reports, recorded={}) == plain != grey
+    other = {PLANS[2]: (timed(plan, 13), base)}
+    assert drawer.draw(none, plan, reports, recorded=other) == plain
+    assert drawer.draw(none, plan, reports, recorded=found) == grey
+    assert LabPicture().draw(none, plan, reports, recorded=found) == grey
