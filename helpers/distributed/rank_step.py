@@ -6,23 +6,21 @@ parameters come and go by resizing their storage. Here all of it counts. What gl
 NCCL take for themselves does not: it is no tensor of the step.
 """
 
-import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from helpers.checkpointing import Plan, checkpointed
+from helpers.checkpointing import Plan, Undo, checkpointed, torch_2_11
 from helpers.measure import Loss, StepReport, report_of, training_step
-from helpers.timeline import Tracker, record_timeline
+from helpers.timeline import Observer, Tracker, record_timeline
 
 
 def measure_step(
@@ -52,8 +50,7 @@ def measure_step(
         _communicate_by_copies(model)
     with checkpointed(inside, plan, **checkpoint_options):
         step()  # makes the optimizer's state; DDP then orders its buckets anew
-        make_tracker = functools.partial(RankTracker, _buckets(model, step))
-        how = {"optimizer": made, "make_tracker": make_tracker}
+        how = {"optimizer": made, "observers": [_Ranked(_buckets(model, step))]}
         timeline = record_timeline(step, model, batch=batch, **how)
     return report_of(timeline, plan, device, "measured")
 
@@ -79,13 +76,10 @@ def _communicate_by_copies(model: nn.Module) -> None:
     gloo's threads let go of a tensor a little later than FSDP2 does, each time at
     another moment, so that no two counts would be equal.
     """
-    # The first names are those from PyTorch 2.13 on.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_custom_all_gather(_ByCopies(gather))
-            module.set_custom_reduce_scatter(_ByCopies(scatter))
+            module.set_custom_all_gather(_ByCopies(torch_2_11.all_gather))
+            module.set_custom_reduce_scatter(_ByCopies(torch_2_11.reduce_scatter))
 
 
 class _ByCopies:
@@ -104,51 +98,30 @@ class _ByCopies:
             output_tensor.copy_(copy)
 
 
-class RankTracker(Tracker):
-    """A Tracker that sees buckets, shards, and storages that change their size."""
+class _Ranked(Observer):
+    """Counts what no operator shows: DDP's buckets, and storages that are resized."""
 
-    def __init__(self, buckets: list[torch.Tensor], *args: object) -> None:
-        super().__init__(*args)
-        self.expect("gradient", buckets)
+    def __init__(self, buckets: list[torch.Tensor]) -> None:
+        self.buckets = buckets
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if DTensor in types:
-            return NotImplemented  # DTensor runs it on the shards, and that comes here
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-    def expect(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
-        super().expect(category, map(local, tensors))
-
-    def _label(self, category: str, tensor: torch.Tensor) -> None:
-        super()._label(category, local(tensor))
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
+    def watch(self, tracker: Tracker, undo: Undo) -> None:
+        """Follow a storage anew each time that it is resized."""
+        tracker.expect("gradient", self.buckets)
         resize_ = torch.UntypedStorage.resize_
 
         @functools.wraps(resize_)
         def resized(storage: torch.UntypedStorage, n_bytes: int) -> None:
-            if storage._cdata in self.alive:
-                self._freed(storage._cdata, None)
+            if storage._cdata in tracker.alive:
+                tracker.forget(storage._cdata)
             resize_(storage, n_bytes)
-            if n_bytes and storage.device.type in self.devices:
-                made = torch.empty(0, dtype=torch.uint8, device=storage.device)
-                phase, made_by = self._phase(), ("resize_", self._module())
-                allocation = self._watch(storage, made, phase, *made_by)
+            if n_bytes and storage.device.type in tracker.devices:
+                made_by = tracker.phase, "resize_", tracker.module
+                allocation = tracker.follow(storage, (0,), *made_by)
                 allocation.category = "temporary"
-                self.log.append(("alloc", allocation, phase))
+                tracker.log.append(("alloc", allocation, tracker.phase))
 
+        undo.callback(setattr, torch.UntypedStorage, "resize_", resize_)
         torch.UntypedStorage.resize_ = resized
-        try:
-            with super().watching():
-                yield
-        finally:
-            torch.UntypedStorage.resize_ = resize_
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Take this rank's shard of a tensor; all of it where it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class Collectives(TorchDispatchMode):

@@ -18,7 +18,7 @@ from helpers.allocator import scratch_on
 from helpers.checkpointing import Undo
 from helpers.dry_run.kernels import choose_kernels, shared
 from helpers.dry_run.meta import SHAPES, meta_batch, meta_model
-from helpers.timeline import Observer, Timeline, record_timeline
+from helpers.timeline import Observer, Timeline, counting, record_timeline
 
 __all__ = ["SHAPES", "Imagined", "as_on", "meta_batch", "meta_model"]
 
@@ -91,6 +91,7 @@ def as_on(device: str, autocast: torch.dtype | None = None) -> Iterator[Imagined
     devices = frozenset(("meta",) if kind == "cuda" else ("meta", "cpu"))
     run = SHAPES
     with Undo() as undo:
+        undo.callback(counting.reset, counting.set(()))
         undo.enter_context(torch.random.fork_rng(devices=[]))
         undo.enter_context(torch.enable_grad())
         choose_kernels(undo, kind)

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from helpers.checkpointing import Undo
 from helpers.dry_run import SHAPES
@@ -41,7 +42,7 @@ class CpuLimit(Observer):
     """
 
     def __init__(
-        self, limit_bytes: int, optimizers: Iterable[torch.optim.Optimizer]
+        self, limit_bytes: int, optimizers: Iterable[torch.optim.Optimizer] = ()
     ) -> None:
         self.limit_bytes, self.optimizers = limit_bytes, weakref.WeakSet(optimizers)
         self.tracker = Tracker(nn.Module(), frozenset({"cpu"}), observers=[self])
@@ -144,6 +145,8 @@ def uncounted() -> Iterator[None]:
     """
     with Undo() as undo:
         undo.callback(counting.reset, counting.set(()))
+        if _in_force.get():  # its mode would take time, too
+            undo.enter_context(_disable_current_modes())
         yield
 
 

@@ -150,6 +150,13 @@ def _misfit(error: Exception, model: nn.Module, x: object, targets: tuple) -> st
         return (
             f"{where} looks at values, and a prediction has none ({reason}); measure it"
         )
+    if "device meta" in reason:
+        return (
+            f"{where} refers to a real tensor, or to another model than the one it is "
+            f"in, which a copy without data cannot use ({reason}); store "
+            "types.MethodType(function, module) as its forward, or give a function "
+            "that makes the model"
+        )
     return f"a batch of shape {shapes} does not fit this model at {where}: {reason}"
 
 

@@ -5,6 +5,7 @@ from helpers.timeline.operators import (
     PHASES,
     Allocation,
     flops_of,
+    local,
     state_tensors,
     tensors_in,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "Timeline",
     "Tracker",
     "flops_of",
+    "local",
     "counting",
     "record_timeline",
     "state_tensors",

@@ -76,6 +76,16 @@ def tensors_in(value: object) -> Iterator[torch.Tensor]:
             yield from tensors_in(list(leaf))
 
 
+def is_sharded(kind: type) -> bool:
+    """Say whether such tensors say a whole shape and hold a shard, as a DTensor."""
+    return hasattr(kind, "to_local")
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Take this rank's shard of a tensor; all of it where it is not sharded."""
+    return tensor.to_local() if is_sharded(type(tensor)) else tensor
+
+
 def state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """List what an optimizer keeps between steps."""
     return list(tensors_in(list(optimizer.state.values())))

@@ -31,6 +31,8 @@ from helpers.timeline.operators import (
     Allocation,
     call,
     flops_of,
+    is_sharded,
+    local,
     no_scratch,
     state_tensors,
     tensors_in,
@@ -45,6 +47,9 @@ LIFT_FRESH = torch.ops.aten.lift_fresh.default
 
 class Observer:
     """Watches a tracker; what it does not care about it leaves as it is here."""
+
+    def watch(self, tracker: "Tracker", undo: Undo) -> None:
+        """Watching begins; what is changed for its length goes into ``undo``."""
 
     def entered(self, module: nn.Module) -> None:
         """A forward begins, inside no other module's."""
@@ -107,7 +112,7 @@ class Tracker(TorchDispatchMode):
 
     def expect(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
         """Count tensors that were there before the step."""
-        for tensor in tensors:
+        for tensor in map(local, tensors):
             allocation = self._follow(tensor, "before", "", "")
             if allocation:
                 allocation.category = category
@@ -170,6 +175,8 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if any(map(is_sharded, types)):
+            return NotImplemented  # it is run on the shards, and that comes here
         if self not in counting.get():
             return func(*args, **kwargs)
         for observer in self.observers:
@@ -229,12 +236,14 @@ class Tracker(TorchDispatchMode):
             undo.callback(register_optimizer_step_post_hook(leave).remove)
             others = () if alone else counting.get()
             undo.callback(counting.reset, counting.set((*others, self)))
+            for observer in self.observers:
+                observer.watch(self, undo)
             undo.enter_context(self)
             yield
             self._label("gradient", self._gradients())
 
     def _label(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
-        for tensor in tensors:
+        for tensor in map(local, tensors):
             allocation = self.alive.get(tensor.untyped_storage()._cdata)
             if allocation is not None:
                 allocation.category = category

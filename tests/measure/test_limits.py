@@ -177,7 +177,9 @@ def test_the_level_is_the_timelines_and_comes_back_down():
     assert set(levels[2::2]) == {timeline.events[-1].level_bytes}
     assert len(set(levels[1::2])) == 1
     assert levels[1] == timeline.after_forward_bytes - 512  # the loss comes later
-    assert len(limit.module_of_node) < 60 and not limit.log  # nothing piles up
+    assert (
+        len(limit.tracker.module_of_node) < 60 and not limit.tracker.log
+    )  # nothing piles up
 
 
 def test_views_and_what_other_devices_hold_cost_nothing():
