@@ -1,10 +1,13 @@
 """Find what the rest of a chain needs and costs, from its end to its start.
 
-Each stage gets a front of labels (need, cost): with so many bytes left, it and what
+Each stage gets a front of labels (need, cost): with so many bytes above H, it and what
 follows can be run at that cost. A piece before a label makes another, (max(own need,
-need + what it holds), cost + its own), so that a label which another beats is not
-needed any more, and nothing is lost by dropping it. The front before the first stage
-is the answer for every budget at once.
+need + what it holds), cost + its own): all sums of ``helpers.planner.chain`` only grow
+with H, so a label which another beats is not needed any more, and nothing is lost by
+dropping it. The front before the first stage is the answer for every budget at once.
+
+Beaumont et al. (arXiv 1911.13214) fill a table of memory slots, into which bytes are
+rounded; labels need no slots, and are exact to the byte.
 """
 
 import contextlib
@@ -21,7 +24,10 @@ STRIDE = 16  # stages between two places where a part of the gap is spent
 
 
 class Front(NamedTuple):
-    """Labels before one stage, the least need first, and how to go on from each."""
+    """L labels before one stage, the least need first, and how to go on from each.
+
+    Every field is a row of L whole numbers.
+    """
 
     need: torch.Tensor  # bytes that the rest of the chain needs
     cost: torch.Tensor
@@ -34,6 +40,9 @@ class _Segments:
 
     A label is dropped for good as soon as another of no higher need and cost belongs
     to a segment that never needs more, whichever stage begins it.
+
+    Args:
+        needs: of a segment l..r, N × N: row l, column r.
     """
 
     def __init__(self, needs: torch.Tensor) -> None:

@@ -1,7 +1,9 @@
 """Choose which layers to checkpoint, in which segments, for a budget of bytes.
 
 The problem has a knapsack in it, so that no method is fast on every chain; but labels
-that no other beats stay few on chains of layers, and the answers are exact.
+that no other beats stay few on chains of layers, and the answers are exact. It is that
+of Beaumont et al., "Optimal checkpointing for heterogeneous chains" (ACM TOMS 2024,
+arXiv 1911.13214), without nested segments.
 """
 
 import math
@@ -95,7 +97,7 @@ def plan_for(
     budget_bytes: int,
     *,
     parent: str | None = None,
-    **settings,
+    **settings: object,
 ) -> StepReport:
     """Find a plan whose dry run fits the budget; the report holds the plan.
 

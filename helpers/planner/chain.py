@@ -1,8 +1,22 @@
 """A chain of layers in numbers: what each needs, and what a plan over them needs.
 
 x₀ → x₁ → … → x_N → loss. A plan keeps some stages as they are and cuts the others
-into checkpointed segments. Its peak is the largest of a few sums, and the arithmetic
-here finds it without running anything. Whether it is right is for a dry run to say.
+into checkpointed segments l..r. Its peak is the largest of the sums below, above what
+is static, and is found without running anything; whether that is right is for a dry
+run to say. Stage i has output a_i and kept k_i bytes, forward and backward peaks fp_i
+and bp_i; c is what a checkpoint call holds, H what earlier pieces hold, and G_i what
+backward holds when it comes to stage i, later stages' parameter gradients:
+
+- kept i: H + fp_i and H + G_i + bp_i; then H += k_i
+- checkpointed l..r, forward: H + c + max_i(fp_i + [i > l]·a_{i−1})
+- recompute: H + c + G_r + a_r + max_i(Σ_{l≤j<i} k_j + fp_i)
+- backward: H + c + max_i(G_i + Σ_{l≤j<i} k_j + bp_i); then H += a_r + c
+- the loss: H + max(its forward, its backward − a_N if N is checkpointed)
+
+Segments of a chain: Chen et al., "Training deep nets with sublinear memory cost",
+arXiv 1604.06174. Stages that differ, and their peaks: Beaumont, Eyraud-Dubois,
+Herrmann, Joly, Shilova, "Optimal checkpointing for heterogeneous chains", ACM TOMS
+2024, arXiv 1911.13214; they also nest segments, which is not done here.
 """
 
 import functools
@@ -21,16 +35,16 @@ NEVER = 2**60  # bytes that no machine has
 class Stage:
     """One layer of a chain: its bytes, and what it costs to run it again.
 
-    The peaks count from the level at the stage's start: in forward from what earlier
+    The peaks count from the level at the stage's start, H: in forward from what earlier
     stages hold, in backward from the same level again, its own kept bytes on top. The
     last fields are for what a plain layer does not do; ``profile`` finds them.
     """
 
     name: str
-    output_bytes: int  # its output, whole storages
-    kept_bytes: int  # what it leaves alive where it is kept, its output included
-    forward_peak_bytes: int
-    backward_peak_bytes: int  # kept bytes, both gradients, its parameters' gradients
+    output_bytes: int  # a: its output, whole storages
+    kept_bytes: int  # k: what it leaves alive where it is kept, its output included
+    forward_peak_bytes: int  # fp
+    backward_peak_bytes: int  # bp: kept, both gradients, its parameters' gradients
     gradient_bytes: int  # its parameters' gradients, which stay
     recompute_cost: float  # FLOPs or milliseconds
     last_recompute_cost: float | None = None  # as the last of its segment: early stop
@@ -70,7 +84,7 @@ class Chain:
     loss_forward_bytes: int = 0  # the loss's peak while the last output is alive
     loss_beside_bytes: int = 0  # more of it where the last stage is checkpointed
     loss_backward_bytes: int = 0  # and in its backward, where that output can go
-    per_segment_bytes: int = 0  # what a checkpoint call itself holds
+    per_segment_bytes: int = 0  # c: what a checkpoint call itself holds
     backward_bytes: int = 0  # alive all through backward: the loss, the output
     other_peak_bytes: int = 0  # the peak elsewhere, as in the optimizer's step
     cost_unit: str = "FLOP"  # or "ms"
@@ -94,12 +108,12 @@ class Chain:
         held, peak = 0, self.other_peak_bytes - self.static_bytes
         pieces = self._pieces(plan)
         for first, last, checkpointed in pieces:
+            need, added = self.kept_needs[first], self.kept[first]
             if checkpointed:
-                need, added = self.segment_needs[first, last], self.held(first, last)
-            else:
-                need, added = self.kept_needs[first], self.kept[first]
-            peak = max(peak, held + int(need))
-            held += int(added)
+                need = int(self.segment_needs[first, last])
+                added = int(self.segment_held[first, last])
+            peak = max(peak, held + need)
+            held += added
         return self.static_bytes + max(peak, held + self.loss_need(pieces[-1][2]))
 
     def recompute_cost(self, plan: Plan) -> float:
@@ -145,13 +159,9 @@ class Chain:
         forward = self.loss_forward_bytes + self.loss_beside_bytes
         return max(forward, self.loss_backward_bytes - self.stages[-1].output_bytes)
 
-    def held(self, first: int, last: int) -> int:
-        """Say what a checkpointed segment holds: its output, and its call's own."""
-        return int(self.segment_held[first, last])
-
     @functools.cached_property
     def segment_held(self) -> torch.Tensor:
-        """What a segment leaves held, for each first and last stage."""
+        """What a segment l..r leaves held, a_r + c: N × N, row l and column r."""
         return self._outputs + self.per_segment_bytes
 
     @functools.cached_property
@@ -166,18 +176,18 @@ class Chain:
 
     @functools.cached_property
     def kept(self) -> list[int]:
-        """What each stage adds to the bytes held where it is kept."""
+        """What each stage adds to H where it is kept: k, less what it frees."""
         return [stage.kept_bytes - stage.freed_input_bytes for stage in self.stages]
 
     @functools.cached_property
     def _gradients(self) -> list[int]:
-        """G: what backward holds by the time that it comes to each stage."""
+        """G_i: what backward holds by the time that it comes to stage i."""
         after = [stage.gradient_bytes for stage in self.stages]
         return [self.backward_bytes + sum(after[i + 1 :]) for i in range(len(self))]
 
     @functools.cached_property
     def kept_needs(self) -> list[int]:
-        """What each stage needs above the bytes held before it, where it is kept."""
+        """What each stage needs above H where it is kept."""
         return [
             max(stage.forward_peak_bytes, gradients + stage.backward_peak_bytes)
             for stage, gradients in zip(self.stages, self._gradients, strict=True)
@@ -188,21 +198,23 @@ class Chain:
 
     @functools.cached_property
     def _outputs(self) -> torch.Tensor:
-        """Bytes of x_last that are new since x_first−1, for each first and last."""
+        """Bytes of x_r that are new since x_{l−1}: N × N, row l and column r."""
         shares, outputs = self._row("shares_input"), self._row("output_bytes")
         fresh = _from_first((1 - shares).expand(len(self), -1), 0)
         return torch.where(fresh.cummax(1).values > 0, outputs, 0)
 
     @functools.cached_property
     def segment_needs(self) -> torch.Tensor:
-        """What a segment needs above the bytes held before it, for each first and last.
+        """What a segment l..r needs above H: N × N, row l, column r.
 
         Stages before the one that runs hold their kept bytes again, and the segment's
         input is held throughout, so it is not freed where a kept stage would free it.
+        A segment that must not be needs more than any machine has.
         """
         row = self._row
         gradients, freed = on_cpu(self._gradients), row("freed_input_bytes")
         kept = on_cpu([0, *self.kept]).cumsum(0)[:-1]
+        # Σ_{l≤j<i} k_j: row l, column i, as all tables here until their maximum.
         again = kept[None, :] - kept[:, None] + freed[:, None] - torch.diag(freed)
         inputs = self._outputs.roll(1, 1).triu(1)
         forward = _from_first(row("first_forward_peak_bytes") + inputs)
