@@ -19,8 +19,8 @@ from helpers.measure import (
     training_step,
 )
 from helpers.models import MLP, DocsMLP, uniform_mlp
-from helpers.recording._set import Group, Search, Step
 from helpers.recording.record import measure_group, run_search
+from helpers.recording.recorded import Group, Search, Step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -186,13 +186,13 @@ def test_a_recorded_group_is_as_predicted():
     plans = (Plan(), Plan.alone(layers), Plan((tuple(layers),)))
     settings = {"depth": 3, "width": 512, "activation": "gelu", "dropout": 0.1}
     group = Group(Step("uniform_mlp", settings, 1024), plans)
-    cases = measure_group(group, "cuda", repeats=2, warmup=1)
-    assert [case.plan for case in cases] == list(plans)
-    for case in cases:
-        assert case.measured.peak_bytes == case.predicted.peak_bytes
-        allocated_bytes = case.measured.allocator_peak_bytes
-        assert allocated_bytes == case.predicted.allocator_peak_bytes
-        assert case.measured.reserved_bytes > 0 and case.base_ms > 0
+    reports = measure_group(group, "cuda", repeats=2, warmup=1).measured
+    assert [report.plan for report in reports] == list(plans)
+    for measured in reports:
+        predicted = group.step.predicted(measured.plan, "cuda")
+        assert measured.peak_bytes == predicted.peak_bytes
+        assert measured.allocator_peak_bytes == predicted.allocator_peak_bytes
+        assert measured.reserved_bytes > 0 and measured.step_ms > 0
 
 
 def test_the_largest_batch_that_runs_is_near_the_one_that_is_predicted():

@@ -15,17 +15,19 @@ CELLS = (
 import dataclasses, functools, tempfile
 from pathlib import Path
 from helpers.controls import lab as controls
-from helpers.recording.file import read, write
+from helpers.recording.recorded import read, write
 from tests.recording.made_up import FIXTURE
 
 folder, made_up = Path(tempfile.mkdtemp()), read(FIXTURE)
 for share, (gpu, date) in enumerate(GPUS, 1):
-    cases = tuple(
-        dataclasses.replace(case, base_ms=case.base_ms / share)
-        for case in made_up.cases
-    )
+    groups = []
+    for group in made_up.groups:
+        none, *others = group.measured
+        none = dataclasses.replace(none, step_ms=none.step_ms / share)
+        groups.append(dataclasses.replace(group, measured=(none, *others)))
     words = {"gpu": gpu, "date": date, "torch": "2.13.0+cu130", "made_up": False}
-    write(dataclasses.replace(made_up, cases=cases, **words), folder / f"{gpu}.json")
+    real = dataclasses.replace(made_up, groups=tuple(groups), **words)
+    write(real, folder / f"{gpu}.json")
 controls.RecordedChoice = functools.partial(controls.RecordedChoice, folder=folder)
 settings = {"depth": 3, "width": 16, "activation": "gelu"}
 controls.LayerLab(batch=64, settings=settings)

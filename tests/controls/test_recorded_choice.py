@@ -10,7 +10,7 @@ from helpers.controls import LayerLab
 from helpers.controls import lab as controls
 from helpers.controls._recorded import RecordedChoice
 from helpers.models import DocsMLP, uniform_mlp
-from helpers.recording.file import file_name, read, write
+from helpers.recording.recorded import read, write
 from tests.recording.made_up import FIXTURE, LAYERS
 
 SETTINGS = {"depth": 3, "width": 16, "activation": "gelu"}
@@ -23,7 +23,7 @@ def folder(tmp_path):
     """Two recordings that claim to be real, as real ones will; only here."""
     for gpu in ("GPU 1", "GPU 2"):
         real = dataclasses.replace(read(FIXTURE), gpu=gpu, made_up=False)
-        write(real, tmp_path / file_name(gpu, "none"))
+        write(real, tmp_path / real.file_name)
     return tmp_path
 
 
@@ -91,7 +91,7 @@ def test_a_broken_file_is_named_and_stops_nothing(choice, folder):
     choice.find(uniform_mlp, SETTINGS, 64)
     assert choice.options == ()
     assert "no recording is shown: " in choice.note(ALONE)
-    assert "broken.json is no JSON" in choice.note(ALONE)
+    assert "broken.json is no recording" in choice.note(ALONE)
 
 
 # In the lab
