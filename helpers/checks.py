@@ -4,7 +4,6 @@ import copy
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -13,7 +12,6 @@ from helpers.checkpointing import Plan
 from helpers.measure import predict, random_numbers_kept, training_step
 from helpers.units import BLOCK_BYTES, format_bytes, format_flops
 
-NO_HINTS: Mapping[float, str] = MappingProxyType({})
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
@@ -22,7 +20,7 @@ def check_number(
     expected: float,
     *,
     unit: str = "",
-    hints: Mapping[float, str] = NO_HINTS,
+    hints: Mapping[float, str] | None = None,
 ) -> None:
     """Print whether a number is right: exact where an int is expected, else to 0.1 %.
 
@@ -34,7 +32,7 @@ def check_number(
 
 
 def check_bytes(
-    answer: object, expected_bytes: int, *, hints: Mapping[float, str] = NO_HINTS
+    answer: object, expected_bytes: int, *, hints: Mapping[float, str] | None = None
 ) -> None:
     """Print whether a number of bytes is right, and which usual slip it shows."""
     _check(answer, expected_bytes, _bytes_in_words, hints, _byte_slip)
@@ -113,8 +111,8 @@ def _check(
     answer: object,
     expected: float,
     in_words: Callable[[float], str],
-    hints: Mapping[float, str],
-    slip: Callable[[float, int], str] = lambda answer, expected: "",
+    hints: Mapping[float, str] | None,
+    slip: Callable[[float, int], str] | None = None,
 ) -> None:
     if _not_attempted(answer):
         return
@@ -127,7 +125,7 @@ def _check(
         print(f"correct: {in_words(expected)}")
         return
     line = f"not yet: yours {in_words(answer)}, expected {in_words(expected)}"
-    hint = hints.get(answer) or slip(answer, expected)
+    hint = (hints or {}).get(answer) or (slip and slip(answer, expected))
     print(f"{line}; {hint}" if hint else line)
 
 

@@ -6,8 +6,7 @@ from torch import nn
 
 from helpers.checkpointing import Plan, checkpointed
 from helpers.measure import measure, predict, training_step
-from helpers.models import uniform_mlp
-from helpers.models.architectures import GPT
+from helpers.models import GPT, uniform_mlp
 from helpers.offload import Offloaded
 
 ROWS, WIDTH = 256, 64

@@ -1,6 +1,13 @@
 """The models that the notebooks train, and others to try the workbook on."""
 
-from helpers.models.architectures import GPT, Encoder, ResNet, UNet
+from helpers.models.architectures import (
+    GPT,
+    Encoder,
+    ResNet,
+    UNet,
+    timm_model,
+    transformers_model,
+)
 from helpers.models.mlp import (
     ACTIVATIONS,
     MLP,
@@ -19,6 +26,8 @@ __all__ = [
     "ResNet",
     "TanhGELU",
     "UNet",
+    "timm_model",
+    "transformers_model",
     "unequal_blocks",
     "uniform_mlp",
 ]

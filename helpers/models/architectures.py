@@ -4,9 +4,19 @@ They are small, plain PyTorch, as one finds them in training scripts; sizes are
 arguments, and on the meta device any size costs nothing.
 """
 
+import importlib
+import types
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+
+def attend(x: torch.Tensor, heads: int, **options) -> torch.Tensor:
+    """Attend by PyTorch's fused function: (batch, length, 3 · width) → (…, width)."""
+    query, key, value = x.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    x = F.scaled_dot_product_attention(query, key, value, **options)
+    return x.transpose(1, 2).flatten(2)
 
 
 class Block(nn.Module):
@@ -28,7 +38,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention by PyTorch's fused function."""
+    """Causal self-attention."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -37,11 +47,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, length, width = x.shape
-        heads = self.inputs(x).view(batch, length, 3, self.heads, -1)
-        query, key, value = heads.permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.output(x.transpose(1, 2).reshape(batch, length, width))
+        return self.output(attend(self.inputs(x), self.heads, is_causal=True))
 
 
 class GPT(nn.Module):
@@ -138,14 +144,11 @@ class ResNet(nn.Module):
 
 def double_conv(channels_in: int, channels: int) -> nn.Sequential:
     """Two convolutions, each with GroupNorm and SiLU."""
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels, 3, padding=1),
-        nn.GroupNorm(4, channels),
-        nn.SiLU(),
-        nn.Conv2d(channels, channels, 3, padding=1),
-        nn.GroupNorm(4, channels),
-        nn.SiLU(),
-    )
+    layers = []
+    for channels_before in (channels_in, channels):
+        layers.append(nn.Conv2d(channels_before, channels, 3, padding=1))
+        layers += [nn.GroupNorm(4, channels), nn.SiLU()]
+    return nn.Sequential(*layers)
 
 
 class UNet(nn.Module):
@@ -219,12 +222,14 @@ class EncoderLayer(nn.Module):
     def forward(
         self, states: torch.Tensor, *, mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        heads = self.inputs(self.norm(states)).unflatten(-1, (3, self.heads, -1))
-        query, key, value = heads.permute(2, 0, 3, 1, 4)
-        added = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        added = added.transpose(1, 2).flatten(2)
+        added = attend(self.inputs(self.norm(states)), self.heads, attn_mask=mask)
         states = states + added
         return states + self.mlp(states), added
+
+
+SMALL = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 512}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 1000}
+SMALL |= {"use_cache": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def transformers_model(
@@ -236,7 +241,7 @@ def transformers_model(
 
     Args:
         name: of its configuration: "GPT2", "Llama", "Qwen2", …
-        sizes: of the configuration, beside those below.
+        sizes: of the configuration, beside those of ``SMALL``.
 
     Returns:
         The model, and keyword arguments. Labels make it return its loss; the mask is
@@ -245,26 +250,9 @@ def transformers_model(
     Raises:
         ImportError: if the package is not installed; says what to install.
     """
-    try:
-        import transformers
-    except ImportError:
-        raise ImportError(
-            "this model comes from the transformers package: pip install transformers"
-        ) from None
+    transformers = _package("transformers")
     config = getattr(transformers, f"{name}Config")()
-    small = {
-        "num_hidden_layers": 4,
-        "hidden_size": 128,
-        "intermediate_size": 512,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "vocab_size": 1000,
-        "use_cache": False,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    for key, value in (small | sizes).items():
+    for key, value in (SMALL | sizes).items():
         if hasattr(config, key):
             setattr(config, key, value)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -278,17 +266,17 @@ def timm_model(
 ) -> tuple[nn.Module, torch.Tensor]:
     """Make a vision model of the ``timm`` package by its name, and pictures for it.
 
-    Its weights are random; nothing is downloaded. The package is no dependency.
-
-    Raises:
-        ImportError: if the package is not installed; says what to install.
+    Weights, package and errors: as in ``transformers_model``.
     """
-    try:
-        import timm
-    except ImportError:
-        raise ImportError(
-            "this model comes from the timm package: pip install timm"
-        ) from None
-    model = timm.create_model(name, pretrained=False, **options)
+    model = _package("timm").create_model(name, pretrained=False, **options)
     channels, height, width = model.default_cfg["input_size"]
     return model.train(), torch.randn(2, channels, height, width)
+
+
+def _package(name: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ImportError(
+            f"this model comes from the {name} package: pip install {name}"
+        ) from None

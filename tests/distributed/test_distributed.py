@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from helpers import distributed
 from helpers.checkpointing import Plan, checkpointed
-from helpers.distributed import rank_step
+from helpers.distributed import Collectives, local, measure_step
 from helpers.measure import StepReport, measure
 from helpers.models import MLP, uniform_mlp
 from helpers.units import round_to_block
@@ -76,7 +76,7 @@ def backend():
 
 def shard_bytes():
     weights = sharded().parameters()
-    return sum(rank_step.local(weight).nbytes for weight in weights)
+    return sum(local(weight).nbytes for weight in weights)
 
 
 def in_a_notebook():
@@ -173,17 +173,15 @@ def test_ranks_that_hang_are_ended_in_time():
         distributed.run(placed, hangs_on_1, timeout_s=6)
 
 
-def is_in(function, file: Path) -> bool:
-    return f"in {function.__name__}" in file.read_text()
-
-
 def test_nobody_outside_can_connect_and_an_interrupt_ends_the_ranks(tmp_path):
     addresses = []
 
+    def hanging() -> list[bool]:
+        notes = [file.read_text() for file in tmp_path.glob("*/rank?.json")]
+        return ["in hangs_on_1" in note for note in notes]
+
     def interrupt():
-        while (
-            sum(is_in(hangs_on_1, file) for file in tmp_path.glob("*/rank?.json")) < 2
-        ):
+        while hanging() != [True, True]:
             time.sleep(0.1)
         for process in processes_in(tmp_path):
             for found in process.net_connections():
@@ -261,7 +259,7 @@ def alone():
     pairs = {}
     for name, segments in plans.items():
         what = make_net(), x, Plan(segments)
-        pairs[name] = rank_step.measure_step(*what), measure(*what, repeats=0)
+        pairs[name] = measure_step(*what), measure(*what, repeats=0)
     return pairs
 
 
@@ -269,14 +267,14 @@ def in_ddp():
     x, found = torch.randn(rows, width), {}
     for name, segments in plans.items():
         net = DDP(make_net())
-        found[name] = rank_step.measure_step(net, x, Plan(segments))
+        found[name] = measure_step(net, x, Plan(segments))
     return found
 
 
 def with_few_rows():
     x = torch.randn(1, width)
     nets = make_net(), DDP(make_net()), DDP(make_net(), gradient_as_bucket_view=True)
-    return [rank_step.measure_step(net, x) for net in nets]
+    return [measure_step(net, x) for net in nets]
 
 
 def test_a_rank_counts_as_one_process_does_and_ddp_adds_its_buckets(found):
@@ -305,11 +303,11 @@ def sharded(**options):
 def in_fsdp():
     x, found = torch.randn(rows, width), {}
     for name, segments in plans.items():
-        found[name] = rank_step.measure_step(sharded(), x, Plan(segments))
+        found[name] = measure_step(sharded(), x, Plan(segments))
     kept = sharded(reshard_after_forward=False)
-    found["kept"] = rank_step.measure_step(kept, x)
+    found["kept"] = measure_step(kept, x)
     adam = torch.optim.AdamW
-    found["AdamW"] = rank_step.measure_step(sharded(), x, optimizer=adam)
+    found["AdamW"] = measure_step(sharded(), x, optimizer=adam)
     return found
 
 
@@ -317,14 +315,14 @@ def gathers():
     found = {}
     for name, segments in plans.items():
         net = sharded()
-        with checkpointed(net, Plan(segments)), rank_step.Collectives() as calls:
+        with checkpointed(net, Plan(segments)), Collectives() as calls:
             net(torch.randn(2, width)).sum().backward()
         found[name] = calls.counts["_allgather_base_"]
     net = make_net()
     for i in range(depth):  # and the root takes the last layer
         fully_shard(net[i])
     fully_shard(net)
-    with rank_step.Collectives() as calls:
+    with Collectives() as calls:
         net(torch.randn(2, width)).sum().backward()
     return found | {"root": calls.counts["_allgather_base_"]}
 

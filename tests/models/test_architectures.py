@@ -1,6 +1,7 @@
 """The models to try: their predictions are what a CPU measures, for every plan."""
 
 import copy
+import sys
 from functools import partial
 
 import pytest
@@ -12,8 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers.checkpointing import Plan, checkpointed
 from helpers.dry_run import as_on
 from helpers.measure import measure, predict, training_step
-from helpers.models import MLP
-from helpers.models.architectures import GPT, Encoder, ResNet, UNet, transformers_model
+from helpers.models import (
+    GPT,
+    MLP,
+    Encoder,
+    ResNet,
+    UNet,
+    timm_model,
+    transformers_model,
+)
 from tests.oracles import memtracker_peak_bytes
 
 
@@ -327,6 +335,14 @@ def test_attention_is_counted_alike_for_both_devices():
     flops = {predict(model, x, device=d).forward_flops for d in ("cpu", "cuda")}
     products = 2 * 2 * 64 * (12 * 128**2 + 128 * 1000)
     assert flops == {products + 4 * 2 * 64 * 64 * 128}
+
+
+@pytest.mark.parametrize("make", [transformers_model, timm_model])
+def test_a_package_that_is_missing_is_named(make, monkeypatch):
+    package = make.__name__.partition("_")[0]
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"^this model .* pip install {package}$"):
+        make()
 
 
 def test_another_librarys_model_is_made_by_name():
