@@ -12,9 +12,9 @@ from torch import nn
 from torch._functorch import config
 
 from helpers.checkpointing import Plan
-from helpers.dry_run import meta_batch, meta_model
+from helpers.dry_run import as_on, meta_batch, meta_model
 from helpers.measure import Loss, StepReport, predict, report_of, training_step
-from helpers.timeline import record_timeline
+from helpers.timeline import Timeline, record_timeline
 
 BACKEND = "aot_eager_decomp_partition"  # forward and backward graphs, run op by op
 
@@ -39,8 +39,10 @@ def predict_compiled(
     Raises:
         ValueError: for a budget outside 0 to 1, or a model that is not one graph.
     """
-    model, batch = meta_model(model_or_factory), meta_batch(batch)
-    return _report(model, batch, memory_budget, loss, "predicted")
+    with as_on("cpu") as imagined:
+        model, batch = meta_model(model_or_factory), meta_batch(batch)
+        record = imagined.record
+        return _report(model, batch, memory_budget, loss, record, "predicted")
 
 
 def measure_compiled(
@@ -54,7 +56,7 @@ def measure_compiled(
 
     Args and errors: as ``predict_compiled``, but the model and the batch are real.
     """
-    report = _report(model, batch, memory_budget, loss, "measured")
+    report = _report(model, batch, memory_budget, loss, record_timeline, "measured")
     model.zero_grad(set_to_none=True)
     return report
 
@@ -64,6 +66,7 @@ def _report(
     batch: object,
     memory_budget: float,
     loss: Loss | None,
+    record: Callable[..., Timeline],
     source: str,
 ) -> StepReport:
     if not 0 <= memory_budget <= 1:
@@ -72,7 +75,7 @@ def _report(
     compiled = CompiledModel(model, x, memory_budget)
     step = training_step(compiled, batch, loss)
     step()  # the first call does more than later ones
-    timeline = record_timeline(step, compiled, batch=batch)
+    timeline = record(step, compiled, batch=batch)
     plain = predict(model, batch, loss=loss, device="cpu").timeline
     timeline.flops["recompute"] = timeline.flops["backward"] - plain.flops["backward"]
     return report_of(timeline, Plan(), "cpu", source)

@@ -111,19 +111,3 @@ class _FusedOnMeta:
         name = "_get_fused_kernels_supported_devices"
         weakref.finalize(self, setattr, optimizers, name, _fused_devices)
         setattr(optimizers, name, lambda: [*_fused_devices(), "meta"])
-
-
-# TEMPORARY, until planner and inspection come in by the door
-from helpers.dry_run.meta import RememberedShapes  # noqa: E402, F401
-
-
-@contextlib.contextmanager
-def kernels_of(device):
-    with as_on(device):
-        yield
-
-
-def like_cuda(made):
-    return Imagined("cuda", SHAPES, None, frozenset()).optimizer(
-        lambda _: made, nn.Module()
-    )

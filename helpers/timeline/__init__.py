@@ -4,13 +4,14 @@ from helpers.timeline.operators import (
     CATEGORIES,
     PHASES,
     Allocation,
+    Observer,
     flops_of,
     local,
     state_tensors,
     tensors_in,
 )
 from helpers.timeline.record import Event, Peak, Timeline, record_timeline
-from helpers.timeline.tracker import Observer, Tracker, counting
+from helpers.timeline.tracker import Tracker, counting
 
 __all__ = [
     "CATEGORIES",

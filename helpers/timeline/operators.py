@@ -1,15 +1,21 @@
-"""What operators read, make and multiply: tensors, storages, FLOPs."""
+"""What operators read, make and multiply, and who is told of it."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from helpers.checkpointing import Undo
 from helpers.units import format_bytes
+
+if TYPE_CHECKING:
+    from helpers.timeline.tracker import Tracker
 
 PHASES = ("forward", "backward", "recompute", "optimizer")
 CATEGORIES = (
@@ -49,6 +55,28 @@ class Allocation:
         where = f" in {self.module}" if self.module else ""
         made = f"{self.op}{where}, {self.phase}" if self.op else "before the step"
         return f"{format_bytes(self.bytes):>10}  {self.category:<15}  {made}"
+
+
+class Observer:
+    """Watches a tracker; what it does not care about it leaves as it is here."""
+
+    def watch(self, tracker: "Tracker", undo: Undo) -> None:
+        """Watching begins; what is changed for its length goes into ``undo``."""
+
+    def entered(self, module: nn.Module) -> None:
+        """A forward begins, inside no other module's."""
+
+    def before(self, func: Callable, args: tuple, kwargs: dict) -> None:
+        """An operator is about to run; may raise to prevent it."""
+
+    def after(self, func: Callable, args: tuple, kwargs: dict, out: object) -> None:
+        """It has run, and nothing of its output is counted yet."""
+
+    def allocating(self, allocation: Allocation) -> None:
+        """A storage is about to be counted; may raise to prevent it."""
+
+    def freed(self, allocation: Allocation) -> None:
+        """A storage is gone."""
 
 
 def categorise(log: Iterable[tuple[str, Allocation, str]]) -> None:

@@ -11,13 +11,14 @@ from torch import nn
 from helpers.timeline.operators import (
     CATEGORIES,
     Allocation,
+    Observer,
     call,
     categorise,
     no_scratch,
     state_tensors,
     tensors_in,
 )
-from helpers.timeline.tracker import Observer, Tracker
+from helpers.timeline.tracker import Tracker
 from helpers.units import format_bytes
 
 

@@ -29,6 +29,7 @@ from helpers.checkpointing import Undo
 from helpers.timeline.operators import (
     PHASES,
     Allocation,
+    Observer,
     call,
     flops_of,
     is_sharded,
@@ -43,28 +44,6 @@ from helpers.units import round_to_block
 counting: ContextVar[tuple] = ContextVar("counting", default=())
 ONES_LIKE = torch.ops.aten.ones_like.default
 LIFT_FRESH = torch.ops.aten.lift_fresh.default
-
-
-class Observer:
-    """Watches a tracker; what it does not care about it leaves as it is here."""
-
-    def watch(self, tracker: "Tracker", undo: Undo) -> None:
-        """Watching begins; what is changed for its length goes into ``undo``."""
-
-    def entered(self, module: nn.Module) -> None:
-        """A forward begins, inside no other module's."""
-
-    def before(self, func: Callable, args: tuple, kwargs: dict) -> None:
-        """An operator is about to run; may raise to prevent it."""
-
-    def after(self, func: Callable, args: tuple, kwargs: dict, out: object) -> None:
-        """It has run, and nothing of its output is counted yet."""
-
-    def allocating(self, allocation: Allocation) -> None:
-        """A storage is about to be counted; may raise to prevent it."""
-
-    def freed(self, allocation: Allocation) -> None:
-        """A storage is gone."""
 
 
 class Tracker(TorchDispatchMode):
@@ -113,41 +92,32 @@ class Tracker(TorchDispatchMode):
     def expect(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
         """Count tensors that were there before the step."""
         for tensor in map(local, tensors):
-            allocation = self._follow(tensor, "before", "", "")
-            if allocation:
-                allocation.category = category
-                self.before.append(allocation)
+            storage = tensor.untyped_storage()
+            if self._counts(tensor, storage):
+                made = self.follow(storage, tuple(tensor.shape), "before", "", "")
+                made.category = category
+                self.before.append(made)
 
-    def _follow(
-        self, tensor: torch.Tensor, phase: str, op: str, module: str
-    ) -> Allocation | None:
-        """Start to follow a tensor's storage, unless it is known or does not count."""
-        storage = tensor.untyped_storage()
-        if storage._cdata in self.alive or tensor.device.type not in self.devices:
-            return None
-        return self.follow(storage, tuple(tensor.shape), phase, op, module)
+    def _counts(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
+        """Say whether a storage is to be followed, and is not yet."""
+        is_new = storage._cdata not in self.alive and storage.nbytes()
+        return is_new and tensor.device.type in self.devices
 
     def follow(
-        self,
-        storage: torch.UntypedStorage,
-        shape: tuple[int, ...],
-        phase: str,
-        op: str,
-        module: str,
-    ) -> Allocation | None:
-        """Follow a storage until it is freed; one without bytes is nobody's."""
-        n_bytes = round_to_block(storage.nbytes())
-        if not n_bytes:
-            return None
-        allocation = Allocation(n_bytes, shape, phase, op, module)
+        self, storage: torch.UntypedStorage, shape: tuple[int, ...], *made: str
+    ) -> Allocation:
+        """Follow a storage until it is freed.
+
+        Args:
+            made: in which phase, by which operator, in which module.
+        """
+        allocation = Allocation(round_to_block(storage.nbytes()), shape, *made)
         for observer in self.observers:
             observer.allocating(allocation)
         address = storage._cdata
+        self.alive[address] = allocation
         forget = functools.partial(self.forget, address)
-        self.alive[address], self.watchers[address] = (
-            allocation,
-            weakref.ref(storage, forget),
-        )
+        self.watchers[address] = weakref.ref(storage, forget)
         return allocation
 
     def forget(self, address: int, _: weakref.ref | None = None) -> None:
@@ -201,9 +171,11 @@ class Tracker(TorchDispatchMode):
         for observer in self.observers:
             observer.after(func, args, kwargs, out)
         self.flops[phase] += flops_of(func, args, kwargs, out)
-        op = func.overloadpacket.__name__
         for tensor in (out,) if isinstance(out, torch.Tensor) else tensors_in(out):
-            if made := self._follow(tensor, phase, op, self.module):
+            storage = tensor.untyped_storage()
+            if self._counts(tensor, storage):
+                made_by = phase, func.overloadpacket.__name__, self.module
+                made = self.follow(storage, tuple(tensor.shape), *made_by)
                 self.log.append(("alloc", made, phase))
         if n_bytes := self.scratch_of(func, args):
             self.scratch.append((len(self.log), n_bytes))
