@@ -42,7 +42,9 @@ def profile(
     """Find what each layer of a chain needs and costs.
 
     Args:
-        model, batch, loss, optimizer, autocast, device: as in ``predict``.
+        model, batch, loss, optimizer, device: as in ``predict``.
+        autocast: as in ``predict``. It keeps parameters' casts for the whole forward,
+            which no stage shows, so that the chain's peaks are estimates.
         parent: the ``nn.Sequential`` or ``nn.ModuleList`` whose children are the
             stages, by its dotted name; default: see ``chain_parent``.
         measured: whether the costs are milliseconds, measured on the device, and not

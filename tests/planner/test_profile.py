@@ -76,13 +76,12 @@ def test_every_plan_of_an_mlp(activation, dropout):
     check(mlp(widths[::-1], activation, dropout), (meta(512, 64), target))
 
 
-@pytest.mark.parametrize("activation", ["relu", "silu"])
-def test_every_plan_of_six_layers(activation):
+def test_every_plan_of_six_layers():
     widths = [1000, 2048, 256, 64, 1000, 2048, 256]
-    check(mlp(widths, activation, 0.1), meta(300, 1000))
+    check(mlp(widths, "silu", 0.1), meta(300, 1000))
 
 
-@pytest.mark.parametrize("widths", [[2048, 256, 2048], [10] * 6, [8, 8, 4000]])
+@pytest.mark.parametrize("widths", [[2048, 256, 2048], [10] * 4, [8, 8, 4000]])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize(
     "optimizer",
@@ -101,9 +100,8 @@ def test_the_optimizers_own_peak_can_be_the_highest():
     assert pareto(chain) == [(chain.other_peak_bytes, 0, Plan())]
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-@pytest.mark.parametrize("depth", [10, 15])
-def test_plans_of_deep_mlps(activation, depth):
+@pytest.mark.parametrize(("depth", "activation"), [(10, "gelu"), (15, "relu")])
+def test_plans_of_deep_mlps(depth, activation):
     chance = random.Random(depth)
     widths = [chance.choice([8, 64, 256, 1000]) for _ in range(depth + 1)]
     check(mlp(widths, activation, 0.1), meta(512, widths[0]), count=25)
@@ -136,15 +134,14 @@ def test_transformer_blocks():
         ends = nn.Embedding(100, 64), nn.LayerNorm(64), nn.Linear(64, 100)
         model = nn.Sequential(ends[0], *blocks, *ends[1:])
     check(blocks, meta(4, 32, 64))
-    check(model, meta(4, 32, dtype=torch.long), count=30)
+    check(model, meta(4, 32, dtype=torch.long), count=12)
 
 
 def next_token_loss(scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(scores.flatten(0, 1), ids.flatten())
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(("tied", "dropout"), [(False, 0.0), (True, 0.1)])
 def test_decoder_whose_blocks_are_a_list(tied, dropout):
     with torch.device("meta"):
         model = GPT(blocks=3, width=64, tied=tied, dropout=dropout)
@@ -316,6 +313,23 @@ def test_plan_for_is_confirmed_by_a_dry_run():
     assert report.plan == best_plan(profile(model, batch), least + 1_000_000)
     with pytest.raises(InfeasibleBudget, match=f"{least:,} B"):
         plan_for(model, batch, least - 1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("optimizer", [None, torch.optim.AdamW])
+def test_plan_for_under_autocast(device, optimizer):
+    """The chain does not know how long casts are kept; the dry run does."""
+    settings = {"autocast": torch.bfloat16, "device": device, "optimizer": optimizer}
+    with torch.device("meta"):
+        model = nn.Sequential(*[Block(64, 4) for _ in range(4)])
+    batch = meta(8, 64, 64)
+    plain = predict(model, batch, **settings)
+    chain = profile(model, batch, **settings)
+    assert chain.stages != profile(model, batch, device=device).stages
+    budget = (least_peak_bytes(chain) + plain.peak_bytes) // 2
+    report = plan_for(model, batch, budget, **settings)
+    assert report.peak_bytes <= budget < plain.peak_bytes
+    assert report == predict(model, batch, report.plan, **settings)
 
 
 def test_plan_for_goes_on_where_the_arithmetic_was_too_low(monkeypatch):
