@@ -20,7 +20,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from helpers.checkpointing import Plan
 from helpers.controls import LayerLab
-from helpers.controls import lab as controls
+from helpers.controls import state
 from helpers.dry_run import meta_model
 from helpers.measure import measure_plans, predict, training_step
 from helpers.models import DocsMLP, uniform_mlp
@@ -84,9 +84,9 @@ def flip_in_the_kernel(runs: int = 60) -> None:
         box = chance.choice(list(lab.boxes.values()))
         box.value = not box.value
 
-    draw = timed("draw and encode", lab._drawer.draw)
-    with mock.patch.object(controls, "predict", timed("predict", predict)):
-        with mock.patch.object(lab._drawer, "draw", draw):
+    draw = timed("draw and encode", lab.drawer.draw)
+    with mock.patch.object(state, "predict", timed("predict", predict)):
+        with mock.patch.object(lab.drawer, "draw", draw):
             (samples,) = in_turns(runs, flip)
     show("flip to picture, in the kernel", samples)
     parts = spent_ms[-runs:]

@@ -1,6 +1,7 @@
 """The labs: boxes to flip, and a picture of what each flip does."""
 
-from helpers.controls.budget import BudgetLab
-from helpers.controls.lab import LayerLab
+from helpers import lazily
 
-__all__ = ["BudgetLab", "LayerLab"]
+_HOMES = {"BudgetLab": "budget", "LabState": "state", "LayerLab": "lab"}
+__all__ = list(_HOMES)
+__getattr__ = lazily(__name__, _HOMES)

@@ -1,8 +1,21 @@
 """What a plan does to a training step, said in one sentence."""
 
+import torch
+
 from helpers.checkpointing import Plan
 from helpers.measure import StepReport
-from helpers.units import format_bytes, format_change
+from helpers.units import format_bytes, format_change, format_ms
+
+
+def plain_step_flops(report: StepReport) -> int:
+    """Count a step that recomputes nothing: backward multiplies twice as forward."""
+    return 3 * report.forward_flops
+
+
+def added_work(report: StepReport, recompute_flops: int) -> str:
+    """Say what recomputing adds to a step."""
+    flops = plain_step_flops(report)
+    return f"step {format_change(flops + recompute_flops, flops)} FLOPs"
 
 
 def finding(before: StepReport, after: StepReport) -> str:
@@ -12,10 +25,8 @@ def finding(before: StepReport, after: StepReport) -> str:
         return f"no checkpointing: peak {peak}"
     saved = after.peak_bytes - before.peak_bytes
     change = format_bytes(saved, signed=True) if saved else "unchanged"
-    extra = format_change(
-        3 * after.forward_flops + after.recompute_flops, 3 * before.forward_flops
-    )
-    return f"{describe(after.plan)}: peak {peak} ({change}), step {extra} FLOPs"
+    extra = added_work(after, after.recompute_flops)
+    return f"{describe(after.plan)}: peak {peak} ({change}), {extra}"
 
 
 def describe(plan: Plan) -> str:
@@ -47,3 +58,34 @@ def describe(plan: Plan) -> str:
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names) if len(names) < 7 else f"{names[0]}, …, {names[-1]}"
+
+
+def measured_note(
+    report: StepReport, base: StepReport, predicted: StepReport, own: StepReport
+) -> str:
+    """Say what was measured, where, and whether it is what was predicted.
+
+    Args:
+        base: no checkpointing, measured in the same run.
+        predicted, own: the prediction that is shown, and that for ``report``'s device.
+    """
+    place = "this CPU"
+    if report.device == "cuda":
+        place = torch.cuda.get_device_name()
+    word = f"predicted: {format_bytes(own.peak_bytes)}"
+    if report.peak_bytes == predicted.peak_bytes:
+        word = "as predicted"
+    elif report.peak_bytes == own.peak_bytes:
+        word = f"as predicted for a {own.device.upper()} (dropout masks differ)"
+    note = f"measured on {place}: {format_bytes(report.peak_bytes)}, {word}"
+    if report.scratch_bytes:
+        note += f", {format_bytes(report.scratch_bytes)} of kernels' scratch on top"
+    return f"{note}; {timed_note(report, base)}"
+
+
+def timed_note(report: StepReport, base: StepReport) -> str:
+    """Say how long a step took, beside one without checkpointing."""
+    note = f"step {format_ms(report.step_ms)}"
+    if report.plan.segments and base.step_ms:
+        note += f" ({format_change(report.step_ms, base.step_ms)})"
+    return f"{note}, median of {report.repeats} runs"

@@ -28,7 +28,7 @@ from helpers.plots import (
     timeline_length,
 )
 from helpers.plots._axes import LABEL_COLORS, PHASE_COLORS, QUIET, RECORDED, STYLE
-from helpers.recording.recorded import Recorded
+from helpers.recording import Recorded
 
 WIDTH, HEIGHT, SCALE = 880, 500, 1.5  # CSS pixels, and device pixels for each
 SIZE = round(WIDTH * SCALE), round(HEIGHT * SCALE)
@@ -87,36 +87,20 @@ class LabPicture:
         if after.plan in found:
             report, base = found[after.plan]
             times = {before.plan: (base, base), after.plan: (report, base)}
-        top = max(report.peak_bytes for report in (before, after, *tried))
+        top = {"top_bytes": max(r.peak_bytes for r in (before, after, *tried))}
         # Room for most plans: a new scale would have the first timeline drawn again.
         room = ROOM * timeline_length(before.timeline)
         length = max(room, timeline_length(after.timeline))
-        pair = {"none": before, "this plan": after}
-        labels = {len(tried) - 1: "this plan", 0: "none"}
+        pair, now = {"none": before, "this plan": after}, Recorded(pairs=times)
+        others = {"recorded": Recorded(pairs=grey), **top}
+        others["labels"] = {len(tried) - 1: "this plan", 0: "none"}
         with matplotlib.rc_context(self._style):
             for part, report in ((self._before, before), (self._after, after)):
-                part.paint(
-                    (report.timeline, report.source, top, length),
-                    plot_timeline,
-                    report.timeline,
-                    top_bytes=top,
-                    length=length,
-                    measured=report.source == "measured",
-                )
-            now = Recorded(pairs=times)
-            self._peaks.paint(
-                (before, after, top, now), plot_peaks, pair, recorded=now, top_bytes=top
-            )
-            self._times.paint((before, after, now), plot_times, pair, now)
-            self._tradeoff.paint(
-                (tuple(tried), tuple(measured), grey, top),
-                plot_tradeoff,
-                tried,
-                measured,
-                recorded=Recorded(pairs=grey),
-                labels=labels,
-                top_bytes=top,
-            )
+                line = {"length": length, "measured": report.source == "measured"}
+                part.paint(plot_timeline, report.timeline, **top, **line)
+            self._peaks.paint(plot_peaks, pair, recorded=now, **top)
+            self._times.paint(plot_times, pair, now)
+            self._tradeoff.paint(plot_tradeoff, [*tried], [*measured], **others)
         return self._png()
 
     def _png(self) -> bytes:
@@ -180,9 +164,9 @@ class _Part:
             slice(round(x * columns), round((x + width) * columns)),
         )
 
-    def paint(self, what: object, plot: Callable, *args, **kwargs) -> None:
-        """Paint ``plot(ax, …)`` unless ``what`` is what this part shows already."""
-        if what == self._shown:
+    def paint(self, plot: Callable, *args, **kwargs) -> None:
+        """Paint ``plot(ax, …)``, unless it shows the same already."""
+        if (args, kwargs) == self._shown:
             return
         for artist in self._artists():
             artist.remove()
@@ -192,7 +176,7 @@ class _Part:
         for artist in sorted(self._artists(), key=lambda artist: artist.zorder):
             artist.draw(self._canvas.get_renderer())
         self._indexed[self._region] = indexed(pixels)
-        self._shown = what
+        self._shown = args, kwargs
 
     def _artists(self) -> list[Artist]:
         ax = self._ax

@@ -7,12 +7,10 @@ import ipywidgets as widgets
 from torch import nn
 
 from helpers.checkpointing import Plan
-from helpers.controls.rows import wide
-from helpers.recording._schema import RecordingError
-from helpers.recording._set import MODELS
-from helpers.recording.file import FOLDER
-from helpers.recording.recorded import Pair, recorded
-from helpers.units import format_bytes, format_change, format_ms
+from helpers.controls._findings import timed_note
+from helpers.controls._look import wide
+from helpers.recording import FOLDER, MODELS, Pair, RecordingError, all_recorded
+from helpers.units import format_bytes
 
 
 class RecordedChoice(widgets.Dropdown):
@@ -45,7 +43,8 @@ class RecordedChoice(widgets.Dropdown):
         self._found, self._problem = {}, ""
         if rows is not None and MODELS.get(name) is factory:
             try:
-                self._found = recorded(name, settings, rows, self._folder)
+                found = all_recorded(name, settings, rows, self._folder)
+                self._found = {one.label: one.pairs for one in found}
             except RecordingError as error:
                 self._problem = str(error)
         labels = list(self._found)
@@ -71,10 +70,7 @@ class RecordedChoice(widgets.Dropdown):
         note = f"; recorded on {self.value}: {format_bytes(report.peak_bytes)}"
         if report.step_ms is None:
             return note
-        note += f", step {format_ms(report.step_ms)}"
-        if plan.segments and base.step_ms:
-            note += f" ({format_change(report.step_ms, base.step_ms)})"
-        return f"{note}, median of {report.repeats} runs"
+        return f"{note}, {timed_note(report, base)}"
 
     def _chosen(self, _: dict) -> None:
         if not self._quiet:

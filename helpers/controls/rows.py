@@ -1,210 +1,306 @@
-"""A row for each layer: its checkbox, its join with the layer before, what it keeps."""
+"""A row for each module that can be ticked: join, box, and the bytes that it keeps.
 
+A flat model is a tree of depth one. A row's widgets are made when it is first shown, so
+that a model of hundreds of modules opens at once; ``Ticks`` has what is ticked.
+"""
+
+import html
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import ipywidgets as widgets
-import traitlets
-from torch import nn
 
-from helpers.checkpointing import Plan, follows, layer_names
+from helpers.checkpointing import Plan
+from helpers.controls.ticks import Ticks
 from helpers.plots import COLORS
-from helpers.timeline import Timeline
 from helpers.units import format_bytes
 
-# The glyph of an icon is its button's name, before the title, unless it is told to be
-# silent; so a screen reader says what the title says.
-SILENT_ICONS = "".join(
-    f".layer-lab .fa-{icon}::before {{content: '\\{glyph}' / ''}}\n"
-    for icon, glyph in (
-        ("link", "f0c1"),
-        ("caret-right", "f0da"),
-        ("caret-down", "f0d7"),
-        ("clock-o", "f017"),
-    )
-)
-
-JOIN_LOOK = {"height": "22px", "padding": "0", "margin": "3px 0"}
+FOLDED = 8  # so many alike and more are one row at first
+INDENT = 14  # pixels a level
+BUTTON = {"height": "22px", "padding": "0"}
 
 
-class Shared(dict):
+@dataclass(frozen=True)
+class Node:
+    """What a row is of: a module, or a run of modules alike."""
+
+    key: str  # the module's name, or the first one's and "…"
+    names: tuple[str, ...]
+    label: str
+    about: str
+    level: int
+    before: str | None  # the module that it can be joined to
+    foldable: bool
+    mark: str  # where its box is not safe to tick
+
+
+class Shared:
     """Makes each layout and style once, for all rows.
 
     Each is a message to the browser, and where too many come at once some are lost.
     """
 
-    def __call__(self, kind: type[widgets.Widget], **values: str) -> widgets.Widget:
-        key = kind, *values.items()
-        if key not in self:
-            self[key] = kind(**values)
-        return self[key]
+    def __init__(self) -> None:
+        self._layouts: dict[tuple, widgets.Layout] = {}
+        self._styles: dict[type, widgets.Widget] = {}
+
+    def layout(self, flex: str = "0 0 auto", **values: str) -> widgets.Layout:
+        key = flex, *values.items()
+        if key not in self._layouts:
+            self._layouts[key] = widgets.Layout(flex=flex, **values)
+        return self._layouts[key]
+
+    def make(self, kind: type[widgets.Widget], **values: object) -> widgets.Widget:
+        """Make a widget in the style of the first one of its kind."""
+        widget = kind(**values | {"style": self._styles.get(kind, {})})
+        self._styles.setdefault(kind, widget.style)
+        return widget
 
 
-class Join(widgets.ToggleButton):
-    """Joins a layer to the one before it; its title says what a click does."""
+class Row(widgets.HBox):
+    """The widgets of a node: box, kept, and a join and a fold, or None without."""
 
-    before = traitlets.Unicode()
+    def __init__(self, node: Node, share: Shared, tree: bool) -> None:
+        self.node, self._share = node, share
+        self.join = self._make_join() if node.before else None
+        self.fold = None
+        parts = [self.join or widgets.Box(layout=share.layout(width="30px"))]
+        room, margin = {"width": "76px"}, "0 0 0 4px"
+        if tree:
+            parts.append(self._make_fold())
+            room, margin = (
+                {"width": "auto", "flex": "1 1 auto", "min_width": "0"},
+                "0 6px",
+            )
+        look = {"description": node.label, "layout": share.layout(**room)}
+        self.box = share.make(widgets.Checkbox, indent=False, **look)
+        if tree:
+            self.box.tooltip = node.about
+        self.kept = share.make(widgets.HTML, layout=share.layout(margin=margin))
+        super().__init__([*parts, self.box, self.kept], layout=self._bar())
 
-    def __init__(self, name: str, before: str = "", **shared: widgets.Widget) -> None:
-        self.name = name
-        look = shared or {"layout": wide(30, **JOIN_LOOK)}
-        super().__init__(icon="link", before=before, **look)
+    def _make_join(self) -> widgets.ToggleButton:
+        look = self._share.layout(width="30px", margin="3px 0", **BUTTON)
+        join = self._share.make(widgets.ToggleButton, icon="link", layout=look)
+        join.observe(self._name_join, "value")
+        self._name_join({"owner": join})
+        return join
 
-    @traitlets.observe("value", "before")
-    def _say(self, _: dict) -> None:
-        words = ("part", "from") if self.value else ("join", "to")
-        self.tooltip = f"{words[0]} {self.name} {words[1]} {self.before}"
+    def _name_join(self, change: dict) -> None:
+        """Say what a click on the join does."""
+        join = change["owner"]
+        words = ("part", "from") if join.value else ("join", "to")
+        join.tooltip = f"{words[0]} {self.node.key} {words[1]} {self.node.before}"
+
+    def _make_fold(self) -> widgets.Widget:
+        margin = f"3px 0 3px {INDENT * self.node.level}px"
+        if not self.node.foldable:
+            return widgets.Box(layout=self._share.layout(width="22px", margin=margin))
+        look = self._share.layout(width="22px", margin=margin, **BUTTON)
+        self.fold = self._share.make(widgets.Button, layout=look)
+        self.fold.style.button_color = "transparent"
+        self.fold.tooltip = f"what is in {self.node.key}"
+        return self.fold
+
+    def _bar(self, ticked: bool = False, continued: bool = False) -> widgets.Layout:
+        color = COLORS["recomputed"] if ticked else "transparent"
+        return self._share.layout(
+            align_items="center",
+            height="28px",
+            border_left=f"4px solid {color}",
+            margin="0" if continued else "2px 0 0 0",
+        )
+
+    def show(self, plan: Plan, words: str, changed: bool) -> None:
+        """Show a bar if it is in a plan, and what it keeps."""
+        names, key = set(plan.names), self.node.key
+        continued = key in names and not any(s[0] == key for s in plan.segments)
+        self.layout = self._bar(names.issuperset(self.node.names), continued)
+        if self.join:
+            self.join.disabled = not {key, self.node.before} <= names
+        style = "font-variant-numeric:tabular-nums;white-space:nowrap"
+        if changed:
+            style += f";color:{COLORS['recomputed']};font-weight:bold"
+        self.kept.value = f'{self.node.mark}<span style="{style}">{words}</span>'
 
 
-class LayerRows(widgets.VBox):
-    """Boxes and joins for a model's layers, and the plan that they show.
+class Rows(widgets.VBox):
+    """Boxes and joins for what can be ticked; they show ``ticks``, and change them.
 
     Args:
         changed: called without arguments when the reader flips something.
+        tree: whether there is room for folds and for long names.
+
+    Attributes:
+        boxes: a checkbox for each module, by name; ``boxes["a.b"]`` makes the row if it
+            is folded away.
+        joins: a toggle for each module that can share a segment with the one before.
     """
 
-    def __init__(self, changed: Callable[[], None]) -> None:
+    def __init__(self, ticks: Ticks, changed: Callable[[], None], tree: bool) -> None:
         super().__init__(layout=widgets.Layout(width="auto"))
+        if tree:
+            self.layout.max_height, self.layout.overflow = "430px", "hidden auto"
+        self.ticks, self._changed, self._tree = ticks, changed, tree
+        self._share = Shared()
         self.boxes: dict[str, widgets.Checkbox] = {}
         self.joins: dict[str, widgets.ToggleButton] = {}
-        self._kept: dict[str, widgets.HTML] = {}
-        self._changed = changed
-        self._quiet = False
+        self._rows: dict[str, Row] = {}  # all that have been made, by their keys
 
-    @property
-    def plan(self) -> Plan:
-        """The plan that the boxes and joins show; may be set, silently."""
-        segments: list[tuple[str, ...]] = []
-        before = None
-        for name, box in self.boxes.items():
-            if box.value:
-                joined = name in self.joins and self.joins[name].value
-                if joined and segments and segments[-1][-1] == before:
-                    segments[-1] += (name,)
-                else:
-                    segments.append((name,))
-            before = name
-        return Plan(tuple(segments))
+    def rebuild(self) -> None:
+        """Make rows for another model; one that stays is not taken from the mouse."""
+        self._old, self._rows = self._rows, {}
+        self.boxes, self.joins = _Boxes(self), {}
+        self._shown: tuple[Plan, dict, dict] = Plan(), {}, {}
+        around = self.ticks.inspection.parent(self.ticks.inspection.units[0])
+        self._open = {around}  # the keys of what is unfolded
+        self.reveal(around)
 
-    @plan.setter
-    def plan(self, plan: Plan) -> None:
-        unknown = [name for name in plan.names if name not in self.boxes]
-        if unknown:
-            raise ValueError(
-                f"the lab has no box for {', '.join(map(repr, unknown))}; it has: "
-                f"{', '.join(self.boxes)}"
-            )
-        joined = {name for segment in plan.segments for name in segment[1:]}
-        self._quiet = True
-        for name, box in self.boxes.items():
-            box.value = name in plan.names
-        for name, join in self.joins.items():
-            join.value = name in joined
-        self._quiet = False
+    def reveal(self, name: str) -> None:
+        """Unfold all that a module lies in."""
+        while name:
+            parent = self.ticks.inspection.parent(name)
+            runs = self._runs(parent)
+            self._open |= {parent} | {f"{run[0]} …" for run in runs if name in run}
+            name = parent
+        self._lay_out()
 
-    def pieces(self, size: int) -> Plan:
-        """Cut all layers into segments of ``size``, as far as they are a chain."""
-        segments: list[tuple[str, ...]] = []
-        for name in self.boxes:
-            if segments and name in self.joins and len(segments[-1]) < size:
-                segments[-1] += (name,)
-            else:
-                segments.append((name,))
-        return Plan(tuple(segments))
+    def _lay_out(self) -> None:
+        self.children = self._visible("", 0)
+        for row in self.children:
+            if row.fold:
+                row.fold.icon = f"caret-{'down' if self._is_open(row) else 'right'}"
+        self.write()
+        self.show_kept(*self._shown)
 
-    def rebuild(self, model: nn.Module, inspection: object = None) -> None:
-        """Make rows for a model's layers; a layer that stays keeps its row and ticks.
+    def _runs(self, parent: str) -> list[list[str]]:
+        inspection = self.ticks.inspection
+        return inspection.repeats(inspection.children(parent))
 
-        The reader may be clicking: a row is not taken from under the mouse, and the
-        names are exchanged at once, since clicks come on other threads.
+    def _is_open(self, row: Row) -> bool:
+        return row.node.key in self._open
 
-        Args:
-            inspection: what lies deeper in the model, which these rows do not show.
-        """
-        names = layer_names(model)
-        if not names:
-            raise ValueError(
-                "this model has no layers to tick: none of its children has parameters"
-            )
-        old = dict(zip(self.boxes, self.children, strict=True))
-        boxes, joins, kept, rows = {}, {}, {}, []
-        for before, name in zip([None, *names], names, strict=False):
-            joinable = before is not None and follows(model, before, name)
-            row = old.get(name)
-            if row is None or joinable != (name in self.joins):
-                row = self._make_row(name, joinable)
-            join, boxes[name], kept[name] = row.children
-            if joinable:
-                join.before, joins[name] = before, join
-            rows.append(row)
-        self.boxes, self.joins, self._kept = boxes, joins, kept
-        if names != list(old):
-            self.children = rows
+    def _visible(self, parent: str, level: int) -> list[Row]:
+        """Make, or find, the rows inside a module that are not folded away."""
+        rows = []
+        for run in self._runs(parent):
+            inner = level
+            if len(run) >= FOLDED:
+                rows.append(self._row(run, parent, level))
+                inner += 1
+                if not self._is_open(rows[-1]):
+                    continue
+            for name in run:
+                rows.append(self._row([name], parent, inner))
+                if self._is_open(rows[-1]):
+                    rows += self._visible(name, inner + 1)
+        return rows
 
-    def _make_row(self, name: str, joinable: bool) -> widgets.HBox:
-        """Make a layer's row: its join, or the room for one; its box; what it keeps."""
-        join: widgets.Widget = widgets.Box(layout=wide(30))
-        if joinable:
-            join = Join(name)
-            join.observe(self._flipped, "value")
-        ticked = name in self.boxes and self.boxes[name].value
-        box = widgets.Checkbox(ticked, description=name, indent=False, layout=wide(76))
-        box.observe(self._flipped, "value")
-        kept = widgets.HTML(layout=widgets.Layout(margin="0 0 0 4px"))
-        layout = widgets.Layout(align_items="center", height="28px")
-        return widgets.HBox([join, box, kept], layout=layout)
+    def _row(self, names: list[str], parent: str, level: int) -> Row:
+        key = names[0] if len(names) == 1 else f"{names[0]} …"
+        if key not in self._rows:
+            node, row = self._node(key, names, parent, level), self._old.get(key)
+            if row is None or row.node != node:
+                row = self._make_row(node)
+            if len(names) == 1:
+                dict.__setitem__(self.boxes, key, row.box)
+            if row.join:
+                self.joins[key] = row.join
+            self._rows[key] = row
+        return self._rows[key]
 
-    def _flipped(self, _: dict) -> None:
-        if not self._quiet:
+    def _node(self, key: str, names: list[str], parent: str, level: int) -> Node:
+        inspection, first, mark = self.ticks.inspection, names[0], ""
+        if hazards := inspection.hazards_of(Plan.alone(names)):
+            reason = html.escape(str(hazards[0]))
+            mark = f'<span role="img" title="{reason}" aria-label="{reason}">⚠ </span>'
+        label = first.removeprefix(f"{parent}.") if parent else first
+        about, before = f"{first}, {inspection.layers[first].kind}", None
+        if len(names) > 1:
+            label += f" … {names[-1].rpartition('.')[2]}"
+            about = f"all {len(names)}, each alone"
+        else:
+            before = self.ticks.before.get(first)
+        foldable = len(names) > 1 or bool(inspection.children(first))
+        return Node(key, tuple(names), label, about, level, before, foldable, mark)
+
+    def _make_row(self, node: Node) -> Row:
+        row = Row(node, self._share, self._tree)
+        row.box.observe(lambda change: self._flip(node.names, change.new), "value")
+        if row.join:
+            row.join.observe(lambda change: self._join(node.key, change.new), "value")
+        if row.fold:
+            row.fold.on_click(lambda _: self._fold(node.key))
+        return row
+
+    def write(self) -> None:
+        """Write what is ticked and joined into the widgets that there are."""
+        for row in list(self._rows.values()):
+            row.box.value = self.ticks.holds(row.node.names)
+            if row.join:
+                row.join.value = row.node.key in self.ticks.joined
+
+    # What the reader does. A widget that says what is known already was written here.
+
+    def _fold(self, key: str) -> None:
+        self._open ^= {key}
+        self._lay_out()
+
+    def _flip(self, names: tuple[str, ...], ticked: bool) -> None:
+        if ticked != self.ticks.holds(names):
+            self.ticks.tick(names, ticked)
+            self.write()
             self._changed()
 
-    @property
-    def units(self) -> tuple[str, ...]:
-        """What "each alone" ticks."""
-        return tuple(self.boxes)
-
-    def kept(self, timeline: Timeline) -> dict[str, int]:
-        """Count what each layer keeps, by the names of the rows."""
-        return timeline.kept_bytes()
+    def _join(self, name: str, joined: bool) -> None:
+        if joined != (name in self.ticks.joined):
+            self.ticks.joined.symmetric_difference_update({name})
+            self._changed()
 
     def show_kept(
         self, plan: Plan, now: dict[str, int], without: dict[str, int]
     ) -> None:
-        """Show the bytes that each layer keeps, and a bar along each segment.
+        """Show the bytes that each module keeps, and a bar along each segment.
 
         Args:
             plan: what is shown; the boxes may be ahead of it.
-            now, without: bytes by layer, under this plan and without checkpointing.
+            now, without: bytes by module, under this plan and without checkpointing.
         """
-        continued = {name for run in plan.segments for name in run[1:]}
-        before_ticked = False
-        for name, row in zip(self.boxes, self.children, strict=True):
-            ticked = name in plan.names
-            color = COLORS["recomputed"] if ticked else "transparent"
-            row.layout.border_left = f"4px solid {color}"
-            row.layout.margin = "0" if name in continued else "2px 0 0 0"
-            if name in self.joins:
-                self.joins[name].disabled = not (ticked and before_ticked)
-            before_ticked = ticked
-            kept, style = now.get(name, 0), "font-variant-numeric:tabular-nums"
-            if kept != without.get(name, 0):
-                style += f";color:{COLORS['recomputed']};font-weight:bold"
-            text = f'<span style="{style}">keeps {format_bytes(kept)}</span>'
-            self._kept[name].value = text
+        self._shown = plan, now, without
+        for row in self.children:
+            names = row.node.names
+            kept, before = (
+                sum(by_name.get(name, 0) for name in names)
+                for by_name in (now, without)
+            )
+            words = "" if self._is_open(row) else _folded_words(plan, names)
+            text = f"{words or 'keeps '}{format_bytes(kept)}"
+            row.show(plan, text, kept != before)
 
 
-def is_flat(model: nn.Module) -> bool:
-    """Say whether a model's children are all the layers that there are to tick.
-
-    So it is with a chain of layers, or of layers with what belongs to them.
-    """
-    children = [list(child.children()) for child in model.children()]
-    grand = [child for inner in children for child in inner]
-    return not grand or (
-        isinstance(model, nn.Sequential)
-        and not any(list(child.children()) for child in grand)
+def _folded_words(plan: Plan, run: tuple[str, ...]) -> str:
+    """Say what of a plan lies folded away in a row."""
+    count = sum(
+        any(name == one or name.startswith(f"{one}.") for one in run)
+        for name in plan.names
     )
+    if not set(run).issubset(plan.names):
+        return f"{count} ticked, " if count else ""
+    segments = sum(segment[0] in run for segment in plan.segments)
+    if segments == count or len(run) == 1:
+        return ""
+    return f"{segments} segment{'s' * (segments != 1)}, "
 
 
-def wide(pixels: int, **layout: str) -> widgets.Layout:
-    """Make a layout of a width in pixels."""
-    return widgets.Layout(width=f"{pixels}px", **layout)
+class _Boxes(dict):
+    """Boxes by name; one that is folded away is made when it is asked for."""
+
+    def __init__(self, rows: Rows) -> None:
+        super().__init__()
+        self._rows = rows
+
+    def __missing__(self, name: str) -> widgets.Checkbox:
+        if name not in self._rows.ticks.inspection.layers:
+            raise KeyError(name)
+        self._rows.reveal(name)
+        return self[name]

@@ -16,9 +16,9 @@ from helpers.controls import BudgetLab
 from helpers.controls._picture import HEIGHT, SCALE, WIDTH
 from helpers.measure import StepReport, predict
 from helpers.models import MLP, DocsMLP, uniform_mlp
-from helpers.planner import best_plan
+from helpers.planner import best_plan, profile
 from helpers.units import format_bytes
-from tests.controls.test_controls import front_end_click
+from tests.controls.test_lab import front_end_click
 
 WIDTHS, ROWS = [64, 128, 128, 32, 128, 64], 8192
 NAMES = tuple(f"layer{i}" for i in range(1, len(WIDTHS)))
@@ -181,7 +181,9 @@ def test_a_model_without_layers_is_said_and_nothing_raises():
     panel = BudgetLab(nn.Linear(4, 4), torch.ones(2, 4))
     assert "no layers to tick" in panel.readout.value
     panel.field.value = 27.0
+    panel.least.click()
     assert panel.front == []
+    assert "no layers to tick" in panel.readout.value
 
 
 def test_a_model_that_is_no_chain_is_said_and_its_boxes_still_work():
@@ -272,7 +274,8 @@ def test_slider_and_field_in_one_burst_the_typed_budget_counts():
 
 def test_the_slider_takes_the_cheapest_plan_for_its_budget_above_a_gib():
     panel = BudgetLab(batch=20_000, settings={"depth": 8, "width": 1024})
+    chain = profile(panel.state.model, panel.state.batch)
     assert panel.front[-1][0] > 2**30
     for place in range(len(panel.front)):
         panel.slider.value = place
-        assert panel.plan == best_plan(panel._chain, panel.budget_bytes)
+        assert panel.plan == best_plan(chain, panel.budget_bytes)

@@ -109,23 +109,23 @@ def test_the_lab_shows_and_names_a_recording(lab):
     assert lab.recorded in lab.children[0].children
     assert f"recorded on {FIRST}" in lab.readout.value
     lab.plan = ALONE
-    before = lab._png
+    before = lab.picture.value
     assert f"recorded on {FIRST}" in lab.readout.value
     lab.recorded.value = SECOND
     assert f"recorded on {SECOND}" in lab.readout.value
-    assert lab._png == before, "both have the same numbers"
+    assert lab.picture.value == before, "both have the same numbers"
     lab.plan = PAIRS
     assert "recorded on" not in lab.readout.value
 
 
 def test_other_sizes_have_no_recording_and_say_nothing(lab):
     lab.plan = ALONE
-    shown = lab._png
+    shown = lab.picture.value
     lab.controls["batch"].value = 65
     assert lab.recorded.layout.display == "none"
     assert "recorded" not in lab.readout.value
     lab.controls["batch"].value = 64
-    assert f"recorded on {FIRST}" in lab.readout.value and lab._png == shown
+    assert f"recorded on {FIRST}" in lab.readout.value and lab.picture.value == shown
 
 
 @pytest.mark.parametrize("other", [{"device": "cpu"}, {"loss": torch.sum}], ids=list)
@@ -136,7 +136,10 @@ def test_another_step_than_the_recorded_one_has_no_recording(lab, other):
 
 
 def test_a_lab_without_recordings_is_as_before(lab, monkeypatch):
-    with_recording = lab._png
+    with_recording = lab.picture.value
     monkeypatch.undo()
     plain = LayerLab(batch=64, settings=SETTINGS)
-    assert plain.recorded.layout.display == "none" and plain._png != with_recording
+    assert (
+        plain.recorded.layout.display == "none"
+        and plain.picture.value != with_recording
+    )

@@ -1,0 +1,122 @@
+"""What can be ticked in a model, what is ticked and joined, and the plan it makes."""
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from helpers.checkpointing import Plan, follows, layer_names, segments_of
+from helpers.inspection import Inspection, Layer
+
+
+class Children(Inspection):
+    """A model's own layers as a tree of depth one; no step is run to find them."""
+
+    def repeats(self, names: Sequence[str]) -> list[list[str]]:
+        return [[name] for name in names]
+
+
+def children_of(model: nn.Module) -> Children:
+    """List the children that have parameters, and which of them are neighbours."""
+    names = layer_names(model)
+    if not names:
+        raise ValueError(
+            "this model has no layers to tick: none of its children has parameters"
+        )
+    kinds = {name: type(model.get_submodule(name)).__name__ for name in names}
+    chains = segments_of(names, lambda before, name: follows(model, before, name))
+    return Children(
+        model=type(model).__name__,
+        layers={name: Layer(name, kind, 1, 0, 0) for name, kind in kinds.items()},
+        chains=chains.segments,
+        breaks={},
+        hazards=(),
+        report=None,
+    )
+
+
+def is_flat(model: nn.Module) -> bool:
+    """Say whether a model's children are all the layers that there are to tick.
+
+    So it is with a chain of layers, or of layers with what belongs to them.
+    """
+    children = [list(child.children()) for child in model.children()]
+    grand = [child for inner in children for child in inner]
+    return not grand or (
+        isinstance(model, nn.Sequential)
+        and not any(list(child.children()) for child in grand)
+    )
+
+
+class Ticks:
+    """Ticked modules, no one of them inside another, and joins along the chains.
+
+    Clicks come on other threads, so each change of a set is one operation.
+    """
+
+    def __init__(self) -> None:
+        self.inspection: Inspection = Children("", {}, (), {}, (), None)
+        self.before: dict[str, str] = {}  # who comes before in a chain
+        self.ticked: set[str] = set()
+        self.joined: set[str] = set()
+
+    def fit(self, inspection: Inspection) -> None:
+        """Take another model; what exists there as well stays ticked and joined."""
+        if not inspection.layers:
+            raise ValueError(f"{inspection.model} calls no module that could be ticked")
+        before = {
+            name: one
+            for chain in inspection.chains
+            for one, name in zip(chain, chain[1:], strict=False)
+        }
+        self.inspection, self.before = inspection, before
+        self.ticked.intersection_update(inspection.layers)
+        self.joined.intersection_update(before)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan; may be set."""
+
+        def joins(before: str, name: str) -> bool:
+            return name in self.joined and self._linked(before, name)
+
+        ticked = (name for name in self.inspection.layers if name in self.ticked)
+        return segments_of(ticked, joins)
+
+    @plan.setter
+    def plan(self, plan: Plan) -> None:
+        layers = self.inspection.layers
+        if unknown := [name for name in plan.names if name not in layers]:
+            raise ValueError(
+                f"the lab has no box for {', '.join(map(repr, unknown))}; it has: "
+                f"{', '.join(layers)}"
+            )
+        self.ticked = set(plan.names)
+        self.joined = {name for segment in plan.segments for name in segment[1:]}
+
+    def pieces(self, size: int | None) -> Plan:
+        """Cut the units into segments of ``size``, as far as they are a chain."""
+        return segments_of(self.inspection.units, self._linked, longest=size)
+
+    def holds(self, names: Iterable[str]) -> bool:
+        """Say whether all of them are ticked."""
+        return self.ticked.issuperset(names)
+
+    def tick(self, names: Sequence[str], ticked: bool) -> None:
+        """Tick or untick modules; a tick takes the place of those around and inside.
+
+        Of several, each is alone.
+        """
+        around_or_inside = {
+            other
+            for other in list(self.ticked)
+            for name in names
+            if other.startswith(f"{name}.") or name.startswith(f"{other}.")
+        }
+        self.ticked.difference_update(around_or_inside if ticked else names)
+        if ticked:
+            self.ticked.update(names)
+        if len(names) > 1:
+            self.joined.difference_update(names)
+
+    def _linked(self, before: str, name: str) -> bool:
+        return self.before.get(name) == before
