@@ -40,12 +40,14 @@ def from_json(kind: object, value: object, where: str) -> object:
     origin, inner = get_origin(kind), get_args(kind)
     if origin is UnionType:
         return None if value is None else from_json(inner[0], value, where)
-    if kind is Plan:
-        segments = from_json(tuple[tuple[str, ...], ...], value, where)
-        return _made(Plan, {"segments": segments}, where)
     if is_dataclass(kind):
+        value = {"segments": value} if kind is Plan else value
         kinds = {f.name: f.type for f in fields(kind) if f.compare}
-        return _made(kind, _fields(kinds, value, where), where)
+        held = _fields(kinds, value, where)
+        try:
+            return kind(**held)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from None
     if origin is Literal:
         _check(value in inner, f"one of {', '.join(map(repr, inner))}", value, where)
         return value
@@ -74,13 +76,6 @@ def _fields(kinds: dict[str, object], values: object, where: str) -> dict:
         name: from_json(kind, values[name], f"{where}, {name!r}")
         for name, kind in kinds.items()
     }
-
-
-def _made(kind: type, values: dict, where: str) -> object:
-    try:
-        return kind(**values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from None
 
 
 def _check(fits: bool, words: str, value: object, where: str) -> None:

@@ -9,7 +9,6 @@ import itertools
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -40,15 +39,14 @@ from helpers.recording.recorded import (
 
 # The set: a few minutes on a modern GPU ---------------------------------------------
 REPEATS, WARMUP = 20, 3
+SAME = "gpu driver cuda torch processors threads repeats warmup made_up".split()
 LAYERS = [f"layer{place}" for place in range(1, 18)]
 BLOCKS = ("wide", "pointwise", "deep", "narrow", "head")
 WAIST = [1024, 2048, 2048, 512, 2048, 1024]  # the widths of notebook 09, outputs apart
 BOTH = ("relu", "gelu")
-SHAPES = list(
-    itertools.product((8, 16), BOTH, (0.0, 0.1))
-)  # depth, activation, dropout
-# Plans that notebooks name, draw as a front, or reach with the slider: "1-2 5" joins
-# the first two layers.
+# Depth, activation, dropout.
+SHAPES = tuple(itertools.product((8, 16), BOTH, (0.0, 0.1)))
+# Plans that notebooks name, draw as a front, or reach with the slider; see `named`.
 WAIST_NAMED = (
     "1 2-3 4, 1 2-3, 1-2, 2-3, 1 3 4, 1 4, 1, 4, 1 2 3 4 5 6, 1-3, 1-2 3-4 5-6"
 )
@@ -95,7 +93,11 @@ def searches() -> Iterator[Search]:
 
 
 def uniform(
-    depth: int, activation: str, dropout: float = 0.0, width=1024, rows=8192
+    depth: int,
+    activation: str,
+    dropout: float = 0.0,
+    width: int = 1024,
+    rows: int = 8192,
 ) -> Group:
     """Make a uniform MLP's group: none, each alone, all joined, in pieces, named."""
     every = (depth, width, dropout) == (16, 1024, 0.0)
@@ -120,7 +122,7 @@ def in_pieces(depth: int, sizes: Iterable[int]) -> tuple[Plan, ...]:
 
 
 def named(text: str) -> tuple[Plan, ...]:
-    """Read plans off the numbers of their layers."""
+    """Read plans off their layers' numbers: "1-2 5, 3" joins the first two of one."""
 
     def plan(words: str) -> Plan:
         ends = [span.partition("-") for span in words.split()]
@@ -148,32 +150,28 @@ def record(
         RecordingError: if there is a file, and it is of another machine or settings.
         OSError: if the file cannot be written.
     """
-    recording, wanted = resumed(path, blank), list(wanted)
-    done = [replace(one, measured=()) for one in recording.groups]
-    for place, group in enumerate(wanted, 1):
-        print(f"[{place}/{len(wanted)}] {group.step}, {len(group.plans)} plans", end="")
-        if group in done:
-            print(": there already")
-            continue
-        started = time.monotonic()
-        found = measure_group(group, device, blank.repeats, blank.warmup)
-        recording = replace(recording, groups=(*recording.groups, found))
+    recording = resumed(path, blank)
+    todo = _left(wanted, recording.groups, measured=())
+    for place, group in enumerate(todo, 1):
+        print(f"[{place}/{len(todo)}] {group.step}, {len(group.plans)} plans")
+        group = measure_group(group, device, blank.repeats, blank.warmup)
+        recording = replace(recording, groups=(*recording.groups, group))
         write(recording, path)
-        words = summed_up(compared(replace(blank, groups=(found,))))
-        missing = len(found.plans) - len(found.measured)
-        print(
-            f": {words}, {missing} out of memory ({time.monotonic() - started:.0f} s)"
-        )
-    done = [
-        replace(one, predicted_rows=0, measured_rows=0) for one in recording.searches
-    ]
-    for search in searched:
-        if search not in done:
-            found = run_search(search, device)
-            recording = replace(recording, searches=(*recording.searches, found))
-            write(recording, path)
-            print(found)
+        words = summed_up(compared(replace(blank, groups=(group,))))
+        print(f"  {words}, {len(group.plans) - len(group.measured)} out of memory")
+    unknown = {"predicted_rows": 0, "measured_rows": 0}
+    for search in _left(searched, recording.searches, **unknown):
+        search = run_search(search, device)
+        recording = replace(recording, searches=(*recording.searches, search))
+        write(recording, path)
+        print(search)
     return recording
+
+
+def _left(wanted: Iterable, found: Iterable, **unknown: object) -> list:
+    """List what is wanted and not found yet."""
+    done = [replace(one, **unknown) for one in found]
+    return [one for one in wanted if one not in done]
 
 
 def resumed(path: Path, blank: Recording) -> Recording:
@@ -181,9 +179,9 @@ def resumed(path: Path, blank: Recording) -> Recording:
     if not path.exists():
         return blank
     found = read(path)
-    same = replace(found, date=blank.date, groups=blank.groups, searches=blank.searches)
-    for name, there in vars(same).items():
-        if there != (here := getattr(blank, name)):
+    for name in SAME:
+        there, here = getattr(found, name), getattr(blank, name)
+        if there != here:
             raise RecordingError(
                 f"{path} is of another run: its {name!r} is {there!r}, and here it is "
                 f"{here!r}; record into another --folder, or take the file away"
@@ -194,17 +192,16 @@ def resumed(path: Path, blank: Recording) -> Recording:
 def measure_group(group: Group, device: str, repeats: int, warmup: int) -> Group:
     """Measure a group's plans in one interleaved run, as many as have room."""
     step, plans = group.step, list(group.plans)
-    counts = {"repeats": repeats, "warmup": warmup, "shuffle": random.Random(0)}
+    settings = {"device": device, "repeats": repeats, "warmup": warmup, **step.options}
     while plans:
-        model = batch = None  # of the run before
+        model = batch = None  # those of the run before
         free_memory(device)
         try:
             with torch.device(device):
                 model, batch = step.make_model(), step.make_batch()
-            settings = {"device": device} | counts | step.options
-            return replace(
-                group, measured=tuple(measure_plans(model, batch, plans, **settings))
-            )
+            order = random.Random(0)
+            reports = measure_plans(model, batch, plans, shuffle=order, **settings)
+            return replace(group, measured=tuple(reports))
         except torch.OutOfMemoryError:  # the plan that needs most is the first to go
             needs = {plan: step.predicted(plan, device).peak_bytes for plan in plans}
             plans.remove(max(plans, key=needs.get))
@@ -216,7 +213,6 @@ def run_search(search: Search, device: str) -> Search:
 
     CUDA's own limit is on what its allocator reserves, workspaces included.
     """
-    free_memory(device)
     with torch.device(device):
         model = search.step.make_model()
 
@@ -226,18 +222,18 @@ def run_search(search: Search, device: str) -> Search:
 
     def fits(rows: int) -> bool:
         model.zero_grad(set_to_none=True)
+        free_memory(device)
         try:
-            with memory_limit(search.limit_bytes, device):
-                with torch.device(device):
-                    batch = replace(search.step, rows=rows).make_batch()
-                training_step(model, batch)()
+            with torch.device(device):
+                batch = replace(search.step, rows=rows).make_batch()
+            training_step(model, batch)()
+            return True
         except torch.OutOfMemoryError:
             return False
-        return True
 
-    with checkpointed(model, search.plan):
-        measured_rows = largest_batch(fits)
     predicted_rows = largest_batch(should_fit)
+    with checkpointed(model, search.plan), memory_limit(search.limit_bytes, device):
+        measured_rows = largest_batch(fits)
     return replace(search, predicted_rows=predicted_rows, measured_rows=measured_rows)
 
 
