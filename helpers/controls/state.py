@@ -11,23 +11,20 @@ import torch
 from torch import nn
 
 from helpers.checkpointing import Plan, checkpointed
-from helpers.controls._findings import finding, measured_note, plain_step_flops
+from helpers.controls._bearable import (
+    AUTO_FLOPS,
+    bearable,
+    check_bearable,
+    what_follows,
+)
+from helpers.controls._findings import finding, measured_note
 from helpers.controls.ticks import Ticks, children_of, is_flat
 from helpers.dry_run import meta_batch, meta_model
 from helpers.inspection import inspect_model, kept_by_module
-from helpers.measure import (
-    StepReport,
-    measuring_plans,
-    memory_bytes,
-    predict,
-    random_numbers_kept,
-    too_large,
-)
+from helpers.measure import StepReport, measuring_plans, predict, random_numbers_kept
 from helpers.models import uniform_mlp
-from helpers.units import format_flops
 
-AUTO_FLOPS = 4 * 10**9  # a CPU step of some 100 ms or less: measured unasked
-CPU_FLOPS = 60 * 10**9  # … of some seconds: measured on the button; not above
+NO_DATA = "this model has no data, so it cannot be measured"
 REPEATS = 8
 
 Pair = tuple[StepReport, StepReport]  # of a plan, and of no checkpointing
@@ -187,15 +184,10 @@ class LabState:
             if report.peak_bytes != predicted.peak_bytes:
                 own = self._predicted(self.shown, report.device)
             return measured_note(report, base, predicted, own)
-        note = f"predicted for a {self.device.upper()} step"
-        if self.measured_unasked:
-            return f"{note}; the measurement follows"
-        if self.bearable(CPU_FLOPS):
-            return f"{note}; Measure runs it on this CPU"
-        if not self.has_data:
-            return f"{note}; this model has no data, so it cannot be measured"
-        size = format_flops(self._step_flops)
-        return f"{note}; {size} are too much to measure on this CPU"
+        follows = NO_DATA
+        if self.has_data:
+            follows = what_follows(self.tried[self.shown])
+        return f"predicted for a {self.device.upper()} step; {follows}"
 
     @property
     def caution(self) -> str:
@@ -212,28 +204,21 @@ class LabState:
         return self.factory is not self.model
 
     @property
-    def _step_flops(self) -> int:
-        report = self.tried[self.shown]
-        return plain_step_flops(report) + report.recompute_flops
-
-    def bearable(self, flops: int) -> bool:
-        """Say whether a step is measured here if so many FLOPs are on a CPU."""
-        return self.has_data and (
-            torch.cuda.is_available() or self._step_flops <= flops
-        )
-
-    @property
     def measured_unasked(self) -> bool:
         """Whether the measurement of what is shown follows by itself."""
-        return self.shown not in self.measured and self.bearable(AUTO_FLOPS)
+        if not self.has_data or self.shown in self.measured:
+            return False
+        return bearable(self.tried[self.shown], AUTO_FLOPS)
 
-    def measuring(self) -> Generator[None, None, StepReport]:
+    def measuring(self) -> Generator[None, None, None]:
         """Measure what is shown beside no checkpointing, a training step a turn."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.shown not in self.tried:
             self.show()  # which says why it could not be
         plan, measured, model = self.shown, self.measured, self.factory
-        self._check_bearable(device)
+        if not self.has_data:
+            raise ValueError(NO_DATA)
+        check_bearable(self.tried[plan], self.tried[Plan()], device)
         with random_numbers_kept():
             if not isinstance(model, nn.Module):
                 model = self.factory(**self.settings)
@@ -247,20 +232,6 @@ class LabState:
             **self.options,
         )
         measured[plan] = (reports[0], reports[-1])
-        return reports[0]
-
-    def _check_bearable(self, device: str) -> None:
-        if not self.has_data:
-            raise ValueError("this model has no data, so it cannot be measured")
-        if not self.bearable(CPU_FLOPS):
-            raise ValueError(
-                f"one step of this size is {format_flops(self._step_flops)}, too "
-                "much for this CPU: take a batch or a width that needs at most "
-                f"{format_flops(CPU_FLOPS)}, or a GPU; the prediction holds without it"
-            )
-        needed_bytes = self.tried[Plan()].allocator_peak_bytes
-        if needed_bytes > memory_bytes(device):
-            raise MemoryError(too_large(device, needed_bytes))
 
 
 def _confirmed(prediction: StepReport, report: StepReport) -> StepReport:
