@@ -112,7 +112,8 @@ class HazardWatch:
         )
 
     def add(self, name: str, kind: str, sentence: str) -> None:
-        self.found.setdefault(Hazard(name, kind, sentence))
+        """Note a hazard; the sentence has a place for the module's name."""
+        self.found.setdefault(Hazard(name, kind, sentence.format(_called(name))))
 
     def operator(self, func, args: tuple, frames: list[Frame]) -> None:
         """Look at one operator: whether it writes on an input, or on a buffer."""
@@ -126,36 +127,24 @@ class HazardWatch:
     def _written(
         self, func, storage: torch.UntypedStorage, frames: list[Frame]
     ) -> None:
-        op = func.overloadpacket.__name__
+        op, so = func.overloadpacket.__name__, "no segment can start with it"
         for frame in frames:
             if storage in frame.inputs and frame.name:
-                self.add(
-                    frame.name,
-                    "in place",
-                    f"{frame.name!r} changes its input in place ({op}): no segment can "
-                    "start with it",
-                )
+                changes = f"{{}} changes its input in place ({op}): {so}"
+                self.add(frame.name, "in place", changes)
         for name in self.readers.get(storage, ()):
-            self.add(
-                name,
-                "in place",
-                f"the input of {name!r} is changed in place later ({op}): no segment "
-                "can start with it",
-            )
+            changed = f"the input of {{}} is changed in place later ({op}): {so}"
+            self.add(name, "in place", changed)
         if storage in self.buffers:
             owner, buffer = self.buffers[storage]
             self.statistics(owner, frames[-1].module if frames else None, buffer)
 
     def statistics(self, name: str, module: nn.Module | None, buffer: str) -> None:
         """Note a buffer that forward changes; a norm's statistics go by one name."""
-        what = f"its buffer {buffer!r}"
-        if isinstance(module, _NormBase):
-            what = "its running statistics"
-        self.add(
-            name,
-            "statistics",
-            f"{_called(name)} updates {what}: in a segment, every batch counts twice",
-        )
+        is_norm = isinstance(module, _NormBase)
+        what = "running statistics" if is_norm else f"buffer {buffer!r}"
+        twice = f"{{}} updates its {what}: in a segment, every batch counts twice"
+        self.add(name, "statistics", twice)
 
     def leave(self, frame: Frame, outer: Frame | None) -> None:
         """Compare how things stand after a module's call with how they stood."""
@@ -163,30 +152,20 @@ class HazardWatch:
         if frame.name:
             for storage in frame.inputs:
                 self.readers.setdefault(storage, []).append(frame.name)
-        if isinstance(module, _NormBase) and module.training:
-            if module.track_running_stats:
-                self.statistics(frame.name, module, "running_mean")
+        is_norm = isinstance(module, _NormBase) and module.training
+        if is_norm and module.track_running_stats:
+            self.statistics(frame.name, module, "running_mean")
         drawn = random_states() != frame.random
         if drawn and not frame.drawn_inside:
-            self.add(
-                frame.name,
-                "randomness",
-                f"{_called(frame.name)} draws random numbers outside torch: "
-                "recomputation draws others",
-            )
+            others = "{} draws random numbers outside torch: recomputation draws others"
+            self.add(frame.name, "randomness", others)
         if drawn and outer:
             outer.drawn_inside = True
-        now = _attributes(module)
-        changed = [
-            key for key, value in now.items() if frame.attributes.get(key) != value
-        ]
-        if changed:
-            self.add(
-                frame.name,
-                "state",
-                f"{_called(frame.name)} changes its attribute {changed[0]!r}: in a "
-                "segment, it does so twice",
-            )
+        for key, value in _attributes(module).items():
+            if frame.attributes.get(key) != value:
+                twice = "{} changes its attribute %r: in a segment, it does so twice"
+                self.add(frame.name, "state", twice % key)
+                break
 
 
 def random_states() -> tuple:
@@ -200,16 +179,15 @@ def random_states() -> tuple:
 
 @contextlib.contextmanager
 def random_states_kept() -> Iterator[None]:
-    """Put back at the block's end what ``random_states`` reads at its start."""
-    python, *others = random_states()
+    """Put the generators of Python and NumPy back at a block's end."""
+    python, numpy = random.getstate(), sys.modules.get("numpy")
+    other = numpy.random.get_state() if numpy else None
     try:
         yield
     finally:
         random.setstate(python)
-        for kind, keys, *rest in others:
-            numpy = sys.modules["numpy"]
-            keys = numpy.frombuffer(keys, dtype=numpy.uint32)
-            numpy.random.set_state((kind, keys, *rest))
+        if numpy:
+            numpy.random.set_state(other)
 
 
 def _attributes(module: nn.Module) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """What was found in a model: a tree of modules, the chains in it, and the hazards."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -108,15 +109,8 @@ class Inspection:
 
     def _shape(self, name: str) -> tuple:
         """Describe a module and all in it; alike modules have equal shapes."""
-        if name not in self._shapes:
-            layer, inside = self.layers[name], self.children(name)
-            own = layer.kind, layer.calls, layer.kept_bytes, layer.forward_flops
-            self._shapes[name] = own, tuple(self._shape(child) for child in inside)
-        return self._shapes[name]
-
-    @functools.cached_property
-    def _shapes(self) -> dict[str, tuple]:
-        return {}
+        own = dataclasses.replace(self.layers[name], name="")
+        return own, *map(self._shape, self.children(name))
 
     def tree(self, levels: int = 1) -> str:
         """Write the modules as an indented table; those that repeat take one row.
@@ -163,15 +157,10 @@ def _next_number(name: str) -> str:
 
 def _touches(hazard: Hazard, plan: Plan) -> bool:
     """Say whether a hazard lies in one of a plan's segments, or is one's start."""
-    if hazard.kind == "prediction":
-        return False
-    for segment in plan.segments:
-        if hazard.kind == "in place":
-            if hazard.name == segment[0]:
-                return True
-            continue
-        for name in segment:
-            inside = hazard.name.startswith(f"{name}.")
-            if inside or hazard.name == name and hazard.kind != "hook":
-                return True
-    return False
+    if hazard.kind == "in place":
+        return any(hazard.name == segment[0] for segment in plan.segments)
+    return hazard.kind != "prediction" and any(
+        hazard.name.startswith(f"{name}.")
+        or (hazard.name == name and hazard.kind != "hook")
+        for name in plan.names
+    )

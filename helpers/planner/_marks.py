@@ -19,12 +19,12 @@ from helpers.timeline.feeds import Feeds, hooked
 BEFORE = "(before)"  # what a model does before the first layer of a chain inside it
 
 
-class Mark(NamedTuple):
-    """A moment: how many events came before it, and how many FLOPs."""
+class Span(NamedTuple):
+    """Two places in the log, and the FLOPs between: of forward, or of recompute."""
 
-    place: int
-    forward_flops: int
-    recompute_flops: int
+    start: int
+    stop: int
+    flops: int
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Marks:
 
     before_bytes: int  # alive when the step began
     log: Sequence[tuple[str, Allocation, str]]
-    forward: dict[str, tuple[Mark, Mark]]  # by stage, BEFORE first
-    backward: dict[str, tuple[Mark, Mark]]
+    forward: dict[str, Span]  # by stage, BEFORE first
+    backward: dict[str, Span]
     inputs: dict[str, Allocation]
     outputs: dict[str, list[Allocation]]
     in_place: frozenset[str]  # stages that change their input
@@ -68,50 +68,39 @@ class Marks:
 
         A second output may do so: of a checkpointed layer nothing else saves it.
         """
-        events = self.log[self.start(BEFORE) :]
+        events = self.log[self.forward[BEFORE].start :]
         made = {it for kind, it, _ in events if kind == "alloc"}
-        early = ("free", "forward")
-        gone = {it for kind, it, phase in events if (kind, phase) == early}
+        gone = {it for kind, it, at in events if (kind, at) == ("free", "forward")}
         last = self.outputs[next(reversed(self.forward))]
         return made & gone - {*self.inputs.values(), *last[:1]}
 
-    def start(self, name: str) -> int:
-        """Find where a stage's forward begins."""
-        return self.forward[name][0].place
-
-    def stop(self, name: str) -> int:
+    def end(self, name: str) -> int:
         """Find where the next stage begins, or the loss, its caller's input let go."""
         following = dict(itertools.pairwise(self.forward)).get(name)
         if following:
-            return self.start(following)
-        stop = self.forward[name][1].place
-        while stop < len(self.log) and self.log[stop][0] == "free":
-            stop += 1
-        return stop
+            return self.forward[following].start
+        end = self.forward[name].stop
+        while end < len(self.log) and self.log[end][0] == "free":
+            end += 1
+        return end
 
-    def peak(self, start: int, stop: int) -> int:
+    def peak(self, start: int, stop: int, *_: int) -> int:
         """Find the highest level between two places."""
         return max(self.levels[start : stop + 1])
 
     def forward_peak(self, name: str) -> int:
         """Find a stage's forward peak, from the level at its start."""
-        start, end = (mark.place for mark in self.forward[name])
-        return self.peak(start, end) - self.levels[start]
-
-    def backward_places(self, name: str) -> tuple[int, int]:
-        """Find where a stage's backward begins and ends."""
-        begin, end = self.backward[name]
-        return begin.place, end.place
+        return self.peak(*self.forward[name]) - self.levels[self.forward[name].start]
 
     def output_bytes(self, name: str) -> int:
         """Count a stage's output, and what else it made and returns for longer."""
-        start, end = (mark.place for mark in self.forward[name])
-        made = {it for kind, it, _ in self.log[start:end] if kind == "alloc"}
+        start, stop, _ = self.forward[name]
+        made = {it for kind, it, _ in self.log[start:stop] if kind == "alloc"}
         outputs = self.outputs[name]
         found = {*outputs[:1], *made.intersection(outputs)} - self.brief
         return sum(it.bytes for it in found if it.phase != "before")
 
-    def frees_input(self, name: str, start: int, stop: int) -> bool:
+    def frees_input(self, name: str, start: int, stop: int, *_: int) -> bool:
         """Say whether a stage's input is freed between two places."""
         given, events = self.inputs.get(name), self.log[start:stop]
         return any(kind == "free" and it is given for kind, it, _ in events)
@@ -125,12 +114,12 @@ class Marks:
             stays: what is to be counted on, also when it has been freed there.
         """
         found, more = [], 0
-        for place in range(*self.backward_places(name)):
-            kind, allocation, event_phase = self.log[place]
-            if kind == "free" and allocation is stays:
-                more = allocation.bytes
-            if event_phase == phase:
-                found.append(self.levels[place + 1] + more)
+        start, stop, _ = self.backward[name]
+        for place, (kind, it, at) in enumerate(self.log[start:stop], start + 1):
+            if kind == "free" and it is stays:
+                more = it.bytes
+            if at == phase:
+                found.append(self.levels[place] + more)
         return found
 
 
@@ -169,8 +158,11 @@ def watch(
     return watcher.marks()
 
 
+Mark = tuple[int, dict[str, int]]
+
+
 class _Watcher:
-    """Takes notes while a step runs."""
+    """Takes notes while a step runs. A mark: events so far, and FLOPs by phase."""
 
     def __init__(self, model: nn.Module, names: list[str], tracker: Tracker) -> None:
         self.tracker, self.feeds = tracker, Feeds(model, names)
@@ -188,19 +180,17 @@ class _Watcher:
         """Freeze the notes."""
         stages, end = [BEFORE, *self.feeds.names], self.backward_end
         there = [self.gradients.get(name, end) for name in stages]
+        ends = zip(stages, there, [end, *there], strict=False)
         return Marks(
-            before_bytes=sum(it.bytes for it in self.tracker.before),
-            log=tuple(self.tracker.log),
-            forward={name: (self.starts[name], self.ends[name]) for name in stages},
-            backward={
-                name: span
-                for name, *span in zip(stages, there, [end, *there], strict=False)
-            },
-            inputs=self.inputs,
-            outputs=self.outputs,
-            in_place=frozenset(it.name for it in self.feeds.in_turn if it.in_place),
-            used_elsewhere=frozenset(self.used_elsewhere),
-            late=frozenset(self.late),
+            sum(it.bytes for it in self.tracker.before),
+            tuple(self.tracker.log),
+            {n: _span(self.starts[n], self.ends[n], "forward") for n in stages},
+            {name: _span(begin, end, "recompute") for name, begin, end in ends},
+            self.inputs,
+            self.outputs,
+            frozenset(call.name for call in self.feeds.in_turn if call.in_place),
+            frozenset(self.used_elsewhere),
+            frozenset(self.late),
         )
 
     def enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -231,8 +221,7 @@ class _Watcher:
                 tensor.register_hook(lambda _: self._gradient_is_there(name))
 
     def _mark(self) -> Mark:
-        flops = self.tracker.flops
-        return Mark(len(self.tracker.log), flops["forward"], flops["recompute"])
+        return len(self.tracker.log), dict(self.tracker.flops)
 
     def _allocations(self, value: object) -> list[Allocation]:
         """Find the storages of the tensors in a value."""
@@ -251,3 +240,7 @@ class _Watcher:
 
     def _end_backward(self) -> None:
         self.backward_end = self._mark()
+
+
+def _span(begin: Mark, end: Mark, phase: str) -> Span:
+    return Span(begin[0], end[0], end[1][phase] - begin[1][phase])

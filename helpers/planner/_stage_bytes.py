@@ -32,13 +32,13 @@ class Runs:
     def chain(self) -> Chain:
         """Put the chain together."""
         plain, last = self.plain, self.names[-1]
-        levels, end = plain.levels, plain.stop(last)
+        levels, end = plain.levels, plain.end(last)
         phases = [phase for _, _, phase in plain.log]
         after = phases.index("optimizer") if "optimizer" in phases else len(phases)
         own = (run.brief.intersection(run.outputs[last]) for run in (self.alone, plain))
         alone, kept = (sum(it.bytes for it in brief) for brief in own)
-        beside = self.beside(self.alone.stop(last)) - (alone - kept)
-        loss_peak = plain.peak(end, plain.backward_places(last)[0]) - levels[end]
+        beside = self.beside(self.alone.end(last)) - (alone - kept)
+        loss_peak = plain.peak(end, plain.backward[last].start) - levels[end]
         return Chain(
             tuple(map(self.stage, self.names)),
             static_bytes=levels[self.start],
@@ -50,19 +50,19 @@ class Runs:
 
     def stage(self, name: str) -> Stage:
         """Read one stage's numbers."""
-        plain, freed = self.plain, self.freed(name)
-        begin, end = plain.forward[name]
-        level = plain.lasting[begin.place] + self.gradients_after(name)
-        beside = self.beside(self.alone.start(name))
-        starts, joins = self.starts(name), self.first(name) != name
+        plain, forward, freed = self.plain, self.plain.forward[name], self.freed(name)
+        level = plain.lasting[forward.start] + self.gradients_after(name)
+        beside = self.beside(self.alone.forward[name].start)
+        starts = name != BEFORE and name not in plain.in_place
+        joins = self.first(name) != name
         return Stage(
             name,
             output_bytes=self.alone.output_bytes(name),
-            kept_bytes=self.rise(name, plain.stop(name)) + freed,
+            kept_bytes=self.rise(name, plain.end(name)) + freed,
             forward_peak_bytes=plain.forward_peak(name) + beside,
-            backward_peak_bytes=plain.peak(*plain.backward_places(name)) - level,
+            backward_peak_bytes=plain.peak(*plain.backward[name]) - level,
             gradient_bytes=self.gradients[name],
-            recompute_cost=end.forward_flops - begin.forward_flops,
+            recompute_cost=forward.flops,
             freed_input_bytes=freed,
             shares_input=plain.inputs.get(name) in plain.outputs[name],
             starts=starts,
@@ -73,50 +73,49 @@ class Runs:
 
     def alone_in_segment(self, name: str) -> dict[str, int]:
         """Read what a stage does as the first and last of its segment."""
-        alone = self.alone
-        start, begin = alone.start(name), alone.backward_places(name)[0]
+        alone, plain = self.alone, self.plain
+        start, backward = alone.forward[name].start, alone.backward[name]
         level = alone.lasting[start] + self.gradients_after(name)
-        gradient = max(alone.levels[begin] - level, 0)
+        gradient = max(alone.levels[backward.start] - level, 0)
         # Where the stage before keeps its output, this one's input stays.
-        goes = self.plain.frees_input(name, *self.plain.backward_places(name))
+        goes = plain.frees_input(name, *plain.backward[name])
         stays = None if goes else alone.inputs.get(name)
-        backward = alone.levels_in(name, "backward", stays) or [level]
+        levels = alone.levels_in(name, "backward", stays) or [level]
         again = alone.levels_in(name, "recompute") or [level + gradient]
-        begins, ends = alone.backward[name]
         return {
             "first_forward_peak_bytes": alone.forward_peak(name) + self.beside(start),
             "last_forward_peak_bytes": max(again) - level - gradient,
-            "first_backward_peak_bytes": max(backward) - level,
-            "last_recompute_cost": ends.recompute_flops - begins.recompute_flops,
+            "first_backward_peak_bytes": max(levels) - level,
+            "last_recompute_cost": backward.flops,
             "output_gradient_bytes": gradient,
         }
 
     def later_in_segment(self, name: str) -> dict[str, int]:
         """Read what a stage does in a segment that another one starts."""
-        plain, joined, first = self.plain, self.joined, self.first(name)
-        level = joined.lasting[joined.start(first)] + self.gradients_after(name)
-        level += self.rise(first, plain.start(name)) + self.freed(first)
-        backward = joined.levels_in(name, "backward") or [level]
-        return {"later_backward_peak_bytes": max(backward) - level}
+        joined, first, start = (
+            self.joined,
+            self.first(name),
+            self.plain.forward[name][0],
+        )
+        level = joined.lasting[joined.forward[first].start] + self.gradients_after(name)
+        level += self.rise(first, start) + self.freed(first)
+        levels = joined.levels_in(name, "backward") or [level]
+        return {"later_backward_peak_bytes": max(levels) - level}
 
-    @functools.cached_property
+    @property
     def start(self) -> int:
         """The place where the model's forward begins."""
-        return self.plain.start(BEFORE)
+        return self.plain.forward[BEFORE].start
 
     @functools.cached_property
     def names(self) -> list[str]:
         """The stages; what comes before the first layer is one if it does anything."""
         before, *layers = self.plain.forward
-        return [before] * (self.plain.stop(before) > self.start) + layers
+        return [before] * (self.plain.end(before) > self.start) + layers
 
     def first(self, name: str) -> str:
         """Name the first stage of its segment in the joined plan; itself in none."""
         return next((s[0] for s in self.joined_plan.segments if name in s), name)
-
-    def starts(self, name: str) -> bool:
-        """Say whether it may be the first of a segment."""
-        return name != BEFORE and name not in self.plain.in_place
 
     @functools.cached_property
     def gradients(self) -> dict[str, int]:
@@ -136,7 +135,7 @@ class Runs:
     @functools.cached_property
     def backward_bytes(self) -> int:
         """What is alive all through backward, besides those gradients."""
-        levels, end = self.plain.levels, self.plain.backward[BEFORE][1].place
+        levels, end = self.plain.levels, self.plain.backward[BEFORE].stop
         return levels[end] - levels[self.start] - sum(self.gradients.values())
 
     def gradients_after(self, name: str) -> int:
@@ -153,7 +152,7 @@ class Runs:
 
     def rise(self, name: str, stop: int) -> int:
         """Say by how much the plain level rises from a stage's start to a place."""
-        return self.kept_levels[stop] - self.kept_levels[self.plain.start(name)]
+        return self.kept_levels[stop] - self.kept_levels[self.plain.forward[name].start]
 
     @functools.cached_property
     def kept_levels(self) -> list[int]:
@@ -173,7 +172,7 @@ class Runs:
     def freed(self, name: str) -> int:
         """Count its input's bytes where they are freed as soon as it has run."""
         plain = self.plain
-        freed = plain.frees_input(name, plain.start(name), plain.stop(name))
+        freed = plain.frees_input(name, plain.forward[name].start, plain.end(name))
         return plain.inputs[name].bytes if freed else 0
 
 
