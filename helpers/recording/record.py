@@ -41,7 +41,6 @@ from helpers.recording.recorded import (
 REPEATS, WARMUP = 20, 3
 SAME = "gpu driver cuda torch processors threads repeats warmup made_up".split()
 LAYERS = [f"layer{place}" for place in range(1, 18)]
-BLOCKS = ("wide", "pointwise", "deep", "narrow", "head")
 WAIST = [1024, 2048, 2048, 512, 2048, 1024]  # the widths of notebook 09, outputs apart
 BOTH = ("relu", "gelu")
 # Depth, activation, dropout.
@@ -66,9 +65,9 @@ def groups() -> Iterator[Group]:
         step = Step("MLP", {"widths": widths, "activation": "gelu"}, rows)
         yield Group(step, (Plan(), *named(WAIST_NAMED)))
     for width, rows in ((256, 512), (1024, 4096)):
-        ticked = [(), *zip(BLOCKS, strict=True), BLOCKS[:2]]
-        step = Step("unequal_blocks", {"width": width}, rows)
-        yield Group(step, tuple(map(Plan.alone, ticked)))
+        names = ["", "wide", "pointwise", "deep", "narrow", "head", "wide pointwise"]
+        plans = tuple(Plan.alone(ticked.split()) for ticked in names)
+        yield Group(Step("unequal_blocks", {"width": width}, rows), plans)
     for rows in (32, 8192, 65536):
         yield Group(Step("DocsMLP", {}, rows), boxes(3))
     for shape in ((6, "gelu", 0.0), *SHAPES):
@@ -92,13 +91,7 @@ def searches() -> Iterator[Search]:
         yield Search(step, plan, 2 * 2**30)
 
 
-def uniform(
-    depth: int,
-    activation: str,
-    dropout: float = 0.0,
-    width: int = 1024,
-    rows: int = 8192,
-) -> Group:
+def uniform(depth: int, activation: str, dropout=0.0, width=1024, rows=8192) -> Group:
     """Make a uniform MLP's group: none, each alone, all joined, in pieces, named."""
     every = (depth, width, dropout) == (16, 1024, 0.0)
     plans = in_pieces(depth, range(1, 17) if every else (1, depth, 2, 3, 4))
@@ -123,12 +116,11 @@ def in_pieces(depth: int, sizes: Iterable[int]) -> tuple[Plan, ...]:
 
 def named(text: str) -> tuple[Plan, ...]:
     """Read plans off their layers' numbers: "1-2 5, 3" joins the first two of one."""
-
-    def plan(words: str) -> Plan:
+    plans = []
+    for words in text.split(", "):
         ends = [span.partition("-") for span in words.split()]
-        return Plan(tuple(LAYERS[int(a) - 1 : int(b or a)] for a, _, b in ends))
-
-    return tuple(map(plan, text.split(", ")))
+        plans.append(Plan(tuple(LAYERS[int(a) - 1 : int(b or a)] for a, _, b in ends)))
+    return tuple(plans)
 
 
 # Measured ---------------------------------------------------------------------------
@@ -143,11 +135,8 @@ def record(
 ) -> Recording:
     """Measure what is not in the file yet, and write the file after each group.
 
-    Args:
-        blank: a recording of this machine that is empty.
-
     Raises:
-        RecordingError: if there is a file, and it is of another machine or settings.
+        RecordingError: if there is a file that does not go on from ``blank``.
         OSError: if the file cannot be written.
     """
     recording = resumed(path, blank)

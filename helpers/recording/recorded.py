@@ -140,7 +140,6 @@ class Recording:
 
     @property
     def label(self) -> str:
-        """Name it as readers see it."""
         return f"{self.gpu}, torch {self.torch}, {self.date}"
 
     @property
@@ -201,11 +200,7 @@ def _read_once(path: Path, _changed: int) -> Recording:
 
 
 def recordings(folder: Path = FOLDER) -> list[Recording]:
-    """Read what real GPUs have measured, not what was made up; the newest first.
-
-    Raises:
-        RecordingError: if a file there is no recording.
-    """
+    """Read what real GPUs have measured, not what was made up; the newest first."""
     paths = sorted(folder.glob("*.json"))
     found = [_read_once(path, path.stat().st_mtime_ns) for path in paths]
     real = [recording for recording in found if not recording.made_up]
@@ -217,9 +212,7 @@ def all_recorded(
 ) -> list[Recorded]:
     """Find what GPUs recorded of a model, in float32 without an optimizer.
 
-    Args:
-        model: the name of its factory, such as "uniform_mlp".
-        settings: what the factory is given.
+    ``model`` is the name of its factory, ``settings`` what the factory is given.
     """
     try:
         step = Step(model, settings, rows)
@@ -239,7 +232,6 @@ def find_recorded(
     """Find what one GPU recorded of a model, to hand it to a plot, if one did.
 
     Args:
-        model, settings, rows: as in ``all_recorded``.
         gpu: a part of its label, such as "A100"; default: the newest recording.
 
     Raises:
