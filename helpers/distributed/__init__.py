@@ -1,7 +1,10 @@
 """The same functions on several processes, and what one rank's training step needs."""
 
+from helpers import lazily
 from helpers.distributed.launch import RankError, run
-from helpers.distributed.rank_step import Collectives, measure_step
 from helpers.timeline import local
 
-__all__ = ["Collectives", "RankError", "local", "measure_step", "run"]
+# Importing FSDP2 takes a second, and not every rank needs it.
+_HOMES = {"Collectives": "rank_step", "measure_step": "rank_step"}
+__all__ = ["RankError", "local", "run", *_HOMES]
+__getattr__ = lazily(__name__, _HOMES)
