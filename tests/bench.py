@@ -19,8 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from helpers.checkpointing import Plan
-from helpers.controls import LayerLab
-from helpers.controls import state
+from helpers.controls import LayerLab, state
 from helpers.dry_run import meta_model
 from helpers.measure import measure_plans, predict, training_step
 from helpers.models import DocsMLP, uniform_mlp

@@ -158,9 +158,7 @@ def test_settings_make_another_model_and_keep_the_ticks():
 @pytest.mark.parametrize(
     ("control", "value", "reason"),
     [
-        ("depth", 0, "depth must be a whole number from 1 up, not 0"),
         ("batch", -3, "batch must be a whole number from 1 up, not -3"),
-        ("width", 10**12, "width must be a whole number"),
         ("dropout", 1.5, "dropout must be at least 0 and below 1"),
     ],
 )
