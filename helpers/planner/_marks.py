@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from helpers.timeline import Allocation, Tracker, tensors_in
-from helpers.timeline.feeds import Feeds, hooked
+from helpers.timeline.feeds import hooked
 
 BEFORE = "(before)"  # what a model does before the first layer of a chain inside it
 
@@ -41,8 +41,6 @@ class Marks:
     backward: dict[str, Span]
     inputs: dict[str, Allocation]
     outputs: dict[str, list[Allocation]]
-    in_place: frozenset[str]  # stages that change their input
-    used_elsewhere: frozenset[str]  # stages whose output not only the next one uses
     late: frozenset[nn.Parameter]  # without gradient until BEFORE's output has one
 
     def levels_without(self, beside: Collection[Allocation]) -> list[int]:
@@ -124,32 +122,20 @@ class Marks:
 
 
 def watch(
-    step: Callable[[], object],
-    model: nn.Module,
-    names: list[str],
-    tracker: Tracker,
-    joined: bool = False,
+    step: Callable[[], object], model: nn.Module, names: list[str], tracker: Tracker
 ) -> Marks:
-    """Run one step and mark it.
-
-    Args:
-        names: the layers of a chain.
-        joined: whether the first of a ModuleList's runs its neighbours as well.
+    """Run one step and mark the layers of a chain.
 
     Raises:
-        ValueError: if a layer is not called once, with what the one before returns.
+        ValueError: if backward does not reach any.
     """
     watcher = _Watcher(model, names, tracker)
     with (
-        watcher.feeds.watching(),
         hooked(model, ["", *names], watcher.enter, watcher.leave),
         torch.autograd.set_multithreading_enabled(False),
         tracker.watching(),
     ):
         step()
-    fault = "" if joined else watcher.feeds.fault_of_chain()
-    if fault:
-        raise ValueError(f"these layers are no chain: {fault}")
     if watcher.backward_end is None:
         raise ValueError(
             f"backward does not reach {names[-1]!r}, nor any layer before it, so there "
@@ -165,7 +151,7 @@ class _Watcher:
     """Takes notes while a step runs. A mark: events so far, and FLOPs by phase."""
 
     def __init__(self, model: nn.Module, names: list[str], tracker: Tracker) -> None:
-        self.tracker, self.feeds = tracker, Feeds(model, names)
+        self.tracker, self.stages = tracker, [BEFORE, *names]
         self.parameters = {p for p in model.parameters() if p.requires_grad}
         self.starts: dict[str, Mark] = {}
         self.ends: dict[str, Mark] = {}
@@ -174,11 +160,10 @@ class _Watcher:
         self.inputs: dict[str, Allocation] = {}
         self.outputs: dict[str, list[Allocation]] = {}
         self.late: set[nn.Parameter] = set()
-        self.used_elsewhere: set[str] = set()
 
     def marks(self) -> Marks:
         """Freeze the notes."""
-        stages, end = [BEFORE, *self.feeds.names], self.backward_end
+        stages, end = self.stages, self.backward_end
         there = [self.gradients.get(name, end) for name in stages]
         ends = zip(stages, there, [end, *there], strict=False)
         return Marks(
@@ -188,8 +173,6 @@ class _Watcher:
             {name: _span(begin, end, "recompute") for name, begin, end in ends},
             self.inputs,
             self.outputs,
-            frozenset(call.name for call in self.feeds.in_turn if call.in_place),
-            frozenset(self.used_elsewhere),
             frozenset(self.late),
         )
 
@@ -203,9 +186,7 @@ class _Watcher:
         self.starts[name or BEFORE] = self._mark()
 
     def leave(self, name, module, args: tuple, kwargs: dict, output: object) -> None:
-        if not name:
-            self.used_elsewhere = self.feeds.used_elsewhere(output)
-        elif not self._is_again(name):
+        if name and not self._is_again(name):
             self._made(name, output)
 
     def _is_again(self, name: str) -> bool:

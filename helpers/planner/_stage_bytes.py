@@ -27,6 +27,7 @@ class Runs:
     plain: Marks
     alone: Marks
     joined: Marks
+    starting: frozenset[str]  # stages that may be a segment's first
     joined_plan: Plan
 
     def chain(self) -> Chain:
@@ -53,8 +54,7 @@ class Runs:
         plain, forward, freed = self.plain, self.plain.forward[name], self.freed(name)
         level = plain.lasting[forward.start] + self.gradients_after(name)
         beside = self.beside(self.alone.forward[name].start)
-        starts = name != BEFORE and name not in plain.in_place
-        joins = self.first(name) != name
+        starts, joins = name in self.starting, self.first(name) != name
         return Stage(
             name,
             output_bytes=self.alone.output_bytes(name),

@@ -26,6 +26,7 @@ from helpers.planner._stage_bytes import Runs
 from helpers.planner._stage_times import in_milliseconds
 from helpers.planner.chain import Chain
 from helpers.timeline import Tracker, state_tensors, tensors_in
+from helpers.timeline.feeds import Feeds
 
 
 def profile(
@@ -77,23 +78,25 @@ def _dry_runs(
 ) -> Chain:
     """Run the three dry runs, and read the chain off them."""
 
-    def run(plan: Plan, joined: bool = False) -> Marks:
+    def run(plan: Plan, step: Callable[[], object] = step) -> Marks:
         tracker = Tracker(model, imagined.devices, imagined.run)
         tracker.expect("input", tensors_in(batch))
         tracker.expect("optimizer_state", state_tensors(optimizer) if optimizer else ())
         with checkpointed(model, plan):
-            return watch(step, model, names, tracker, joined)
+            return watch(step, model, names, tracker)
 
+    feeds = Feeds(model, names)
     if optimizer:  # its first step makes its state
         imagined.record(step, model, batch, optimizer)
-    plain = run(Plan())
-    alone_plan = Plan.alone(name for name in names if name not in plain.in_place)
-    alone, joined_plan = run(alone_plan), _joined(model, plain, names)
+    plain = run(Plan(), feeds.following_chain()(step))
+    starting = [name for name in names if name not in feeds.in_place()]
+    alone, joined_plan = run(Plan.alone(starting)), _joined(feeds)
     try:
-        joined = run(joined_plan, joined=True)
+        joined = run(joined_plan)
     except ValueError:  # a ModuleList whose owner does more than feed one to the next
-        joined, joined_plan = alone, alone_plan
-    chain = Runs(model, batch, plain, alone, joined, joined_plan).chain()
+        joined, joined_plan = alone, Plan.alone(starting)
+    runs = Runs(model, batch, plain, alone, joined, frozenset(starting), joined_plan)
+    chain = runs.chain()
     model.zero_grad(set_to_none=True)
     return chain
 
@@ -119,16 +122,17 @@ def chain_parent(model: nn.Module) -> str:
     return longest
 
 
-def _joined(model: nn.Module, plain: Marks, names: list[str]) -> Plan:
+def _joined(feeds: Feeds) -> Plan:
     """Join neighbours into segments as long as can be."""
 
     def joins(before: str, name: str) -> bool:
+        model = feeds.model
         fed = follows(model, before, name) or listed_after(model, before, name)
-        return fed and before not in plain.used_elsewhere
+        return fed and before not in feeds.used_elsewhere
 
-    cannot_start = plain.in_place.__contains__
+    cannot_start = feeds.in_place().__contains__
     segments = (
         tuple(itertools.dropwhile(cannot_start, segment))
-        for segment in segments_of(names, joins).segments
+        for segment in segments_of(feeds.names, joins).segments
     )
     return Plan(tuple(filter(None, segments)))

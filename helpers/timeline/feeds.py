@@ -6,6 +6,8 @@ gets the segment's output instead, and nobody is told.
 """
 
 import contextlib
+import functools
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -44,18 +46,12 @@ def hooked(
         leave: called with the same and the output; also where the module fails.
     """
 
-    def with_name(function: Callable, name: str) -> Callable:
-        return lambda *call: function(name, *call)
-
     with Undo() as undo:
         for name in names:
-            module = model.get_submodule(name)
-            hook = with_name(enter, name)
-            undo.callback(
-                module.register_forward_pre_hook(hook, with_kwargs=True).remove
-            )
-            options = {"with_kwargs": True, "always_call": True}
-            hook = with_name(leave, name)
+            module, options = model.get_submodule(name), {"with_kwargs": True}
+            hook = functools.partial(enter, name)
+            undo.callback(module.register_forward_pre_hook(hook, **options).remove)
+            hook, options["always_call"] = functools.partial(leave, name), True
             undo.callback(module.register_forward_hook(hook, **options).remove)
         yield
 
@@ -67,11 +63,31 @@ class Feeds:
         self.model, self.names = model, list(names)
         self.calls: dict[str, list[Call]] = {}  # by name
         self.in_turn: list[Call] = []  # as forward made them
+        self.used_elsewhere: set[str] = set()  # see following_chain
         self._begun: list[tuple[int, int, list[int]]] = []
 
     def watching(self) -> contextlib.AbstractContextManager[None]:
         """Follow the calls inside a ``with`` block."""
         return hooked(self.model, self.names, self._enter, self._leave)
+
+    @contextlib.contextmanager
+    def following_chain(self) -> Iterator[None]:
+        """Follow a chain's calls, and find those whose output not only the next uses.
+
+        Only what autograd sees is found.
+
+        Raises:
+            ValueError: at the block's end, if a name is not called once, in its turn,
+                with what the one before returns.
+        """
+        with hooked(self.model, [""], _nothing, self._leave_model), self.watching():
+            yield
+        if fault := self._fault_of_chain():
+            raise ValueError(f"these layers are no chain: {fault}")
+
+    def in_place(self) -> set[str]:
+        """Name the modules that change their input."""
+        return {call.name for call in self.in_turn if call.in_place}
 
     def _enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         turn, node = len(self.in_turn), torch.autograd._get_sequence_nr()
@@ -98,22 +114,6 @@ class Feeds:
         if not call.again:
             self.in_turn.append(call)
 
-    def fault_of_chain(self) -> str:
-        """Say where the names, called in turn, do not feed each other; "" if they do.
-
-        What is handed on may be a view, or one of several outputs.
-        """
-        for place, call in enumerate(self.in_turn):
-            before = self.in_turn[place - 1]
-            if call.name in self.names[:place]:
-                return f"{call.name!r} is called twice"
-            if call.turn != place or self.names[place : place + 1] != [call.name]:
-                return f"{call.name!r} is called out of its turn"
-            if place and not any(map(call.given.__contains__, before.output)):
-                return f"{call.name!r} is not fed what {before.name!r} returns"
-        missing = self.names[len(self.in_turn) :]
-        return f"{missing[0]!r} is not called" if missing else ""
-
     def break_between(self, before: str, after: str) -> str:
         """Say why two neighbours cannot share a segment; "" if they can."""
         calls = [self.calls.get(name, []) for name in (before, after)]
@@ -132,17 +132,30 @@ class Feeds:
             return f"{after!r} is given other arguments than {before!r}"
         return ""
 
-    def used_elsewhere(self, output: object) -> set[str]:
-        """Walk the graph of the model's output; find calls whose own others use, too.
+    def _fault_of_chain(self) -> str:
+        """Say where the names, called in turn, do not feed each other; "" if they do.
 
-        It takes the calls for a chain, and sees only what autograd does.
+        What is handed on may be a view, or one of several outputs.
         """
+        for place, call in enumerate(self.in_turn):
+            before = self.in_turn[place - 1]
+            if call.name in self.names[:place]:
+                return f"{call.name!r} is called twice"
+            if call.turn != place or self.names[place : place + 1] != [call.name]:
+                return f"{call.name!r} is called out of its turn"
+            if place and not any(map(call.given.__contains__, before.output)):
+                return f"{call.name!r} is not fed what {before.name!r} returns"
+        missing = self.names[len(self.in_turn) :]
+        return f"{missing[0]!r} is not called" if missing else ""
+
+    def _leave_model(self, *call: object) -> None:
+        """Walk the graph of the model's output, from nodes to those that they use."""
         after = {
-            call.last_node: (call.name, following.nodes)
-            for call, following in zip(self.in_turn, self.in_turn[1:], strict=False)
+            one.last_node: (one.name, following.nodes)
+            for one, following in itertools.pairwise(self.in_turn)
         }
-        found, seen = set(), set()
-        edges = [(-1, tensor.grad_fn) for tensor in tensors_in(output)]
+        seen = set()
+        edges = [(-1, tensor.grad_fn) for tensor in tensors_in(call[-1])]
         while edges:
             user, node = edges.pop()
             if node is None:
@@ -150,11 +163,14 @@ class Feeds:
             number = node._sequence_nr()
             name, users = after.get(number, ("", ()))
             if name and user not in users:
-                found.add(name)
+                self.used_elsewhere.add(name)
             if node not in seen:
                 seen.add(node)
                 edges += [(number, used) for used, _ in node.next_functions]
-        return found
+
+
+def _nothing(*call: object) -> None:
+    """Do nothing before a call."""
 
 
 def _reference(value: object) -> object:

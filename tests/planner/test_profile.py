@@ -315,8 +315,9 @@ def test_plan_for_is_confirmed_by_a_dry_run():
         plan_for(model, batch, least - 1)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("optimizer", [None, torch.optim.AdamW])
+@pytest.mark.parametrize(
+    ("device", "optimizer"), [("cpu", None), ("cuda", torch.optim.AdamW)]
+)
 def test_plan_for_under_autocast(device, optimizer):
     """The chain does not know how long casts are kept; the dry run does."""
     settings = {"autocast": torch.bfloat16, "device": device, "optimizer": optimizer}
