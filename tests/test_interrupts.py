@@ -37,7 +37,7 @@ def limited() -> None:
 CASES = {
     "predict": (lambda: predict(MODEL, X, PLAN), 2),
     "predict for a CPU": (lambda: predict(MODEL, X, PLAN, device="cpu"), 1),
-    "predict AdamW in bf16": (lambda: predict(MODEL, X, PLAN, **MIXED), 1),
+    "predict AdamW in bf16": (lambda: predict(PLAIN, X, **MIXED), 1),
     "memory_limit": (limited, 1),
 }
 
