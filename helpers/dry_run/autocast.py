@@ -75,7 +75,10 @@ def cast_as_on(undo: Undo, device: str) -> None:
     """
     shared(undo, "casts", _Installed)
     undo.callback(_now.reset, _now.set(_Autocast(device)))
-    undo.callback(torch.set_autocast_enabled, "ipu", False)
+    # Also as an interrupt may leave it, at the end of an autocast block.
+    undo.callback(torch.set_autocast_dtype, "cpu", torch.get_autocast_dtype("cpu"))
+    for kind in ("cpu", "ipu"):
+        undo.callback(torch.set_autocast_enabled, kind, torch.is_autocast_enabled(kind))
     torch.set_autocast_enabled("ipu", True)  # or the key would stay excluded
     undo.enter_context(torch._C._IncludeDispatchKeyGuard(_KEY))
 

@@ -33,14 +33,9 @@ def shared(undo: Undo, name: str, make: Callable[[], object]) -> None:
     """
     with _making:
         held: list[object] = []  # nobody else may hold it, nor an error's traceback
-        undo.callback(_let_go, held)
+        undo.callback(held.clear)
         held.append(_alive.get(name) or make())
         _alive[name] = held[0]
-
-
-def _let_go(held: list[object]) -> None:
-    with _making:
-        held.clear()
 
 
 def choose_kernels(undo: Undo, device: str) -> None:

@@ -1,6 +1,7 @@
 """A memory limit on any machine, and the largest batch that fits into it."""
 
 import contextlib
+import functools
 import math
 import numbers
 from collections.abc import Callable, Iterator
@@ -55,19 +56,12 @@ class memory_limit:
         held_to = _cuda_limit if self.device == "cuda" else _cpu_limit
         self._without_gradient.clear()
         with Undo() as block:
-            block.callback(counting.reset, counting.set((*counting.get(), self)))
-            block.callback(register_module_forward_pre_hook(self._note).remove)
+            mark = object()  # the hook may not hold what ends it
+            note = functools.partial(_note, mark, self._without_gradient)
+            block.callback(counting.reset, counting.set((*counting.get(), mark)))
+            block.callback(register_module_forward_pre_hook(note).remove)
             block.enter_context(held_to(self.limit_bytes))
             self._block = block.pop_all()
-
-    def _note(self, module: nn.Module, args: tuple) -> None:
-        """Note the parameters that have no gradient when their forward begins."""
-        if self in counting.get() and torch._C._current_graph_task_id() == -1:
-            for parameter in module.parameters(recurse=False):
-                if parameter.grad is None:
-                    self._without_gradient.add(parameter)
-                else:
-                    self._without_gradient.discard(parameter)
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
         self._block.__exit__(kind, error, trace)
@@ -83,6 +77,18 @@ class memory_limit:
             failed = failed.__context__
         free_memory(self.device)
         raise torch.OutOfMemoryError(str(error)) from None
+
+
+def _note(
+    mark: object, without_gradient: set[nn.Parameter], module: nn.Module, args: tuple
+) -> None:
+    """Note a module's parameters that have no gradient when its forward begins."""
+    if mark in counting.get() and torch._C._current_graph_task_id() == -1:
+        for parameter in module.parameters(recurse=False):
+            if parameter.grad is None:
+                without_gradient.add(parameter)
+            else:
+                without_gradient.discard(parameter)
 
 
 def _cpu_limit(limit_bytes: int) -> contextlib.AbstractContextManager:
