@@ -30,7 +30,7 @@ class Call(NamedTuple):
     given: list[weakref.ref]  # the storages of all
     in_place: bool  # whether it changes one
     returned: object
-    output: list[weakref.ref]  # the storage of the first tensor that it returns
+    output: weakref.ref | None  # the storage of the first tensor that it returns
     nodes: range  # autograd's numbers of its nodes, which count up as nodes are made
     last_node: int | None  # the one that made its output
 
@@ -91,22 +91,23 @@ class Feeds:
 
     def _enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         turn, node = len(self.in_turn), torch.autograd._get_sequence_nr()
-        self._begun.append((turn, node, _versions(args, kwargs)))
+        self._begun.append((turn, node, _versions(tensors_in((args, kwargs)))))
 
     def _leave(self, name, module, args: tuple, kwargs: dict, output: object) -> None:
         turn, first_node, versions = self._begun.pop()
         fed, *others = args or (None,)
-        last = getattr(next(tensors_in(output), None), "grad_fn", None)
+        given, made = list(tensors_in((args, kwargs))), next(tensors_in(output), None)
+        last = getattr(made, "grad_fn", None)
         call = Call(
             name,
             turn,
             again=torch._C._current_graph_task_id() != -1,
             fed=_reference(fed),
             others=marks(tuple(others), kwargs),
-            given=_storages(args, kwargs),
-            in_place=_versions(args, kwargs) != versions,
+            given=[weakref.ref(tensor.untyped_storage()) for tensor in given],
+            in_place=_versions(given) != versions,
             returned=_reference(output),
-            output=_storages(output)[:1],
+            output=None if made is None else weakref.ref(made.untyped_storage()),
             nodes=range(first_node, torch.autograd._get_sequence_nr()),
             last_node=last._sequence_nr() if last else None,
         )
@@ -143,7 +144,7 @@ class Feeds:
                 return f"{call.name!r} is called twice"
             if call.turn != place or self.names[place : place + 1] != [call.name]:
                 return f"{call.name!r} is called out of its turn"
-            if place and not any(map(call.given.__contains__, before.output)):
+            if place and before.output not in call.given:
                 return f"{call.name!r} is not fed what {before.name!r} returns"
         missing = self.names[len(self.in_turn) :]
         return f"{missing[0]!r} is not called" if missing else ""
@@ -178,10 +179,6 @@ def _reference(value: object) -> object:
     return weakref.ref(value) if isinstance(value, torch.Tensor) else type(value)
 
 
-def _storages(*values: object) -> list[weakref.ref]:
-    return [weakref.ref(tensor.untyped_storage()) for tensor in tensors_in(values)]
-
-
-def _versions(*values: object) -> list[int]:
+def _versions(tensors: Iterable[torch.Tensor]) -> list[int]:
     """List how often each tensor has been changed in place, where that is counted."""
-    return [x._version for x in tensors_in(values) if not x.is_inference()]
+    return [x._version for x in tensors if not x.is_inference()]
