@@ -9,15 +9,9 @@ from torch import nn
 from helpers import checkpointing
 from helpers.checkpointing.plan import (
     Plan,
-    PlanFault,
     check_fits,
     listed_segments,
     runs_by_parent,
-)
-
-_RIGHT = (
-    "context_fn is called without arguments and returns two context managers, as "
-    "partial(create_selective_checkpoint_contexts, policy) does"
 )
 
 
@@ -27,6 +21,15 @@ class Undo(contextlib.ExitStack):
     An interrupt can come between a block's last line and its end, and skip that. What
     is undone is noted in the line that does it, so that nothing is left out.
     """
+
+    def replace(self, owner: object, name: str, value: object) -> None:
+        """Give an object another attribute; then its own is back, or its class's."""
+        own = vars(owner)
+        if name in own:
+            self.callback(setattr, owner, name, own[name])
+        else:
+            self.callback(own.pop, name, None)
+        setattr(owner, name, value)
 
     def __del__(self) -> None:
         self.close()
@@ -64,16 +67,12 @@ def checkpointed(
         early_stop=early_stop,
     )
     if context_fn is not None:  # torch.compile cannot look into one of Python's own
-        call = functools.partial(call, context_fn=_checked(context_fn, use_reentrant))
+        from helpers.checkpointing._contexts import checked
+
+        call = functools.partial(call, context_fn=checked(context_fn, use_reentrant))
     with Undo() as undo:
         for name, forward in _forwards(model, plan, call, undo).items():
-            module = model.get_submodule(name)
-            own = vars(module).get("forward")
-            if own is None:
-                undo.callback(vars(module).pop, "forward", None)
-            else:
-                undo.callback(setattr, module, "forward", own)
-            module.forward = forward
+            undo.replace(model.get_submodule(name), "forward", forward)
         yield model
 
 
@@ -122,29 +121,3 @@ def _chained(modules: list[nn.Module]) -> Callable:
         return x
 
     return run
-
-
-def _checked(context_fn: Callable, use_reentrant: bool) -> Callable:
-    """Wrap a ``context_fn`` so that its own faults are told as such.
-
-    Raises:
-        PlanFault: if it cannot be called, or is of no use where ``use_reentrant``;
-            from what is returned, if it fails or returns something else.
-    """
-    if not callable(context_fn):
-        raise PlanFault(f"context_fn={context_fn!r} is no function; {_RIGHT}")
-    if use_reentrant:
-        raise PlanFault("a context_fn has no place with use_reentrant=True")
-
-    def make_contexts() -> tuple:
-        try:
-            made = context_fn()
-        except Exception as error:
-            kind = type(error).__name__
-            raise PlanFault(f"context_fn fails, {kind}: {error}; {_RIGHT}") from None
-        pair = isinstance(made, tuple | list) and len(made) == 2
-        if not pair or not all(hasattr(type(one), "__exit__") for one in made):
-            raise PlanFault(f"context_fn returned {made!r}; {_RIGHT}")
-        return made
-
-    return make_contexts

@@ -120,8 +120,7 @@ class _Ranked(Observer):
                 allocation.category = "temporary"
                 tracker.log.append(("alloc", allocation, tracker.phase))
 
-        undo.callback(setattr, torch.UntypedStorage, "resize_", resize_)
-        torch.UntypedStorage.resize_ = resized
+        undo.replace(torch.UntypedStorage, "resize_", resized)
 
 
 class Collectives(TorchDispatchMode):

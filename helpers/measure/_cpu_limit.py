@@ -127,9 +127,17 @@ class CpuLimit(Observer):
 
 def living_optimizers() -> list[torch.optim.Optimizer]:
     """List the optimizers that are there, but for those that only hold themselves."""
-    gc.collect()
-    kind = torch.optim.Optimizer
-    return [found for found in gc.get_objects() if issubclass(type(found), kind)]
+
+    def kinds(kind: type) -> set[type]:
+        return {kind}.union(*map(kinds, kind.__subclasses__()))
+
+    def found() -> list[torch.optim.Optimizer]:
+        return [thing for thing in gc.get_objects() if type(thing) in optimizers]
+
+    optimizers = kinds(torch.optim.Optimizer)
+    if found():
+        gc.collect()
+    return found()
 
 
 def limit_in_force() -> int | None:

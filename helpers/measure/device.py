@@ -96,18 +96,10 @@ def allocator_bytes(
         state: tensors of the optimizer's state, nested in any way.
     """
     lasting = list(tensors_in([*model.parameters(), *model.buffers(), batch]))
-
-    def allocated_without_gradients() -> int:
-        for tensor in lasting:
-            tensor.grad = None
-        gc.collect()
-        torch.cuda.synchronize()
-        return torch.cuda.memory_allocated()
-
     torch._C._cuda_clearCublasWorkspaces()
-    without_workspace = allocated_without_gradients()
+    without_workspace = _allocated_without_gradients(lasting)
     step()
-    start_bytes = allocated_without_gradients()
+    start_bytes = _allocated_without_gradients(lasting)
     storages = {
         tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
         for tensor in tensors_in([lasting, state])
@@ -126,6 +118,14 @@ def allocator_bytes(
         "workspace_bytes": start_bytes - without_workspace,
         "reserved_bytes": torch.cuda.max_memory_reserved(),
     }
+
+
+def _allocated_without_gradients(tensors: list[torch.Tensor]) -> int:
+    for tensor in tensors:
+        tensor.grad = None
+    gc.collect()
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated()
 
 
 def random_numbers_kept() -> contextlib.AbstractContextManager:

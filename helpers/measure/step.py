@@ -34,9 +34,6 @@ def training_step(
             these take the one called loss, the first, or the sum of all.
         autocast: the lower precision of forward and loss, if they run in one.
 
-    Returns:
-        A function without arguments.
-
     Raises:
         ValueError: if the batch is no such pair; from the step, a Misfit.
     """
