@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from helpers.checkpointing import Plan, checkpointed
 from helpers.measure import (
+    free_memory,
+    largest_batch,
     measure,
     measure_plans,
     memory_limit,
@@ -19,8 +21,8 @@ from helpers.measure import (
     training_step,
 )
 from helpers.models import MLP, DocsMLP, uniform_mlp
-from helpers.recording.record import measure_group, run_search
-from helpers.recording.recorded import Group, Search, Step
+from helpers.recording.record import measure_group
+from helpers.recording.recorded import Group, Step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -197,10 +199,24 @@ def test_a_recorded_group_is_as_predicted():
 
 def test_the_largest_batch_that_runs_is_near_the_one_that_is_predicted():
     """CUDA limits what is reserved: workspaces and what lies unused count as well."""
-    settings = {"depth": 8, "width": 1024, "activation": "gelu", "dropout": 0.0}
-    search = Search(Step("uniform_mlp", settings, 1), Plan(), 2**30)
-    found = run_search(search, "cuda")
-    assert 0.8 * found.predicted_rows < found.measured_rows <= found.predicted_rows
+    model, limit_bytes = uniform_mlp(8, 1024).cuda(), 2**30
+
+    def should_fit(rows: int) -> bool:
+        x = torch.empty(rows, 1024, device="meta")
+        return predict(model, x).allocator_peak_bytes <= limit_bytes
+
+    def fits(rows: int) -> bool:
+        model.zero_grad(set_to_none=True)
+        free_memory("cuda")
+        try:
+            training_step(model, torch.randn(rows, 1024, device="cuda"))()
+            return True
+        except torch.OutOfMemoryError:
+            return False
+
+    predicted_rows = largest_batch(should_fit)
+    with memory_limit(limit_bytes, "cuda"):
+        assert 0.8 * predicted_rows < largest_batch(fits) <= predicted_rows
 
 
 # Random numbers

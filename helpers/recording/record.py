@@ -16,14 +16,8 @@ from pathlib import Path
 import torch
 
 from helpers.allocator import this_gpu
-from helpers.checkpointing import Plan, checkpointed, segments_of
-from helpers.measure import (
-    free_memory,
-    largest_batch,
-    measure_plans,
-    memory_limit,
-    training_step,
-)
+from helpers.checkpointing import Plan, segments_of
+from helpers.measure import free_memory, measure_plans
 from helpers.recording.compare import compared, summed_up
 from helpers.recording.recorded import (
     OPTIMIZERS,
@@ -31,7 +25,6 @@ from helpers.recording.recorded import (
     Group,
     Recording,
     RecordingError,
-    Search,
     Step,
     read,
     write,
@@ -84,13 +77,6 @@ def groups() -> Iterator[Group]:
         yield uniform(8, activation, width=4096)
 
 
-def searches() -> Iterator[Search]:
-    """List the largest batches that are searched for."""
-    for activation, plan in itertools.product(BOTH, in_pieces(8, (1, 3))):
-        step = Step("uniform_mlp", {"activation": activation}, rows=1)
-        yield Search(step, plan, 2 * 2**30)
-
-
 def uniform(depth: int, activation: str, dropout=0.0, width=1024, rows=8192) -> Group:
     """Make a uniform MLP's group: none, each alone, all joined, in pieces, named."""
     every = (depth, width, dropout) == (16, 1024, 0.0)
@@ -130,7 +116,6 @@ def record(
     path: Path,
     blank: Recording,
     wanted: Iterable[Group],
-    searched: Iterable[Search] = (),
     device: str = "cuda",
 ) -> Recording:
     """Measure what is not in the file yet, and write the file after each group.
@@ -140,7 +125,8 @@ def record(
         OSError: if the file cannot be written.
     """
     recording = resumed(path, blank)
-    todo = _left(wanted, recording.groups, measured=())
+    done = [replace(group, measured=()) for group in recording.groups]
+    todo = [group for group in wanted if group not in done]
     for place, group in enumerate(todo, 1):
         print(f"[{place}/{len(todo)}] {group.step}, {len(group.plans)} plans")
         group = measure_group(group, device, blank.repeats, blank.warmup)
@@ -148,19 +134,7 @@ def record(
         write(recording, path)
         words = summed_up(compared(replace(blank, groups=(group,))))
         print(f"  {words}, {len(group.plans) - len(group.measured)} out of memory")
-    unknown = {"predicted_rows": 0, "measured_rows": 0}
-    for search in _left(searched, recording.searches, **unknown):
-        search = run_search(search, device)
-        recording = replace(recording, searches=(*recording.searches, search))
-        write(recording, path)
-        print(search)
     return recording
-
-
-def _left(wanted: Iterable, found: Iterable, **unknown: object) -> list:
-    """List what is wanted and not found yet."""
-    done = [replace(one, **unknown) for one in found]
-    return [one for one in wanted if one not in done]
 
 
 def resumed(path: Path, blank: Recording) -> Recording:
@@ -197,35 +171,6 @@ def measure_group(group: Group, device: str, repeats: int, warmup: int) -> Group
     return group
 
 
-def run_search(search: Search, device: str) -> Search:
-    """Find the largest batch under a limit, by predictions and by steps that are run.
-
-    CUDA's own limit is on what its allocator reserves, workspaces included.
-    """
-    with torch.device(device):
-        model = search.step.make_model()
-
-    def should_fit(rows: int) -> bool:
-        report = replace(search.step, rows=rows).predicted(search.plan, device)
-        return report.allocator_peak_bytes <= search.limit_bytes
-
-    def fits(rows: int) -> bool:
-        model.zero_grad(set_to_none=True)
-        free_memory(device)
-        try:
-            with torch.device(device):
-                batch = replace(search.step, rows=rows).make_batch()
-            training_step(model, batch)()
-            return True
-        except torch.OutOfMemoryError:
-            return False
-
-    predicted_rows = largest_batch(should_fit)
-    with checkpointed(model, search.plan), memory_limit(search.limit_bytes, device):
-        measured_rows = largest_batch(fits)
-    return replace(search, predicted_rows=predicted_rows, measured_rows=measured_rows)
-
-
 def this_machine() -> Recording:
     """Make the recording of this machine that is empty yet."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -251,7 +196,7 @@ def run(folder: Path) -> None:
     path = folder / blank.file_name
     print(f"{blank.label}, driver {blank.driver}, into {path}")
     try:
-        comparisons = compared(record(path, blank, groups(), searches()))
+        comparisons = compared(record(path, blank, groups()))
     except RecordingError as error:
         sys.exit(str(error))
     except OSError as error:

@@ -18,7 +18,6 @@ from helpers.checkpointing import Plan
 from helpers.measure import StepReport, predict
 from helpers.measure.kept import from_json, to_json
 from helpers.models import MLP, DocsMLP, unequal_blocks, uniform_mlp
-from helpers.units import format_bytes
 
 FOLDER = Path(__file__).parent
 MODELS = {make.__name__: make for make in (DocsMLP, MLP, unequal_blocks, uniform_mlp)}
@@ -90,22 +89,6 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Search:
-    """The largest batch of a step under a limit: predicted, and run."""
-
-    step: Step
-    plan: Plan
-    limit_bytes: int
-    predicted_rows: int = 0
-    measured_rows: int = 0
-
-    def __str__(self) -> str:
-        limit = format_bytes(self.limit_bytes)
-        found = f"{self.predicted_rows:,} rows predicted, {self.measured_rows:,} run"
-        return f"{self.step.model}, {self.plan}, under {limit}: {found}"
-
-
-@dataclass(frozen=True)
 class Recorded:
     """What one GPU has measured of a model, to be drawn beside what is predicted."""
 
@@ -136,7 +119,6 @@ class Recording:
     warmup: int
     made_up: bool = False  # for tests; never shown to a reader
     groups: tuple[Group, ...] = field(default=(), repr=False)
-    searches: tuple[Search, ...] = field(default=(), repr=False)
 
     @property
     def label(self) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from helpers.recording import Recording
 from helpers.recording.record import boxes, in_pieces, record
-from helpers.recording.recorded import Group, Search, Step
+from helpers.recording.recorded import Group, Step
 
 FIXTURE = Path(__file__).parent / "fixtures" / "made_up_recording.json"
 GPU = "made up for tests"
@@ -33,7 +33,6 @@ GROUPS = [
     Group(tiny("SGD", "bfloat16"), PLANS[:3]),
     Group(tiny(), boxes(3)),
 ]
-SEARCHES = [Search(tiny(), plan, 200_000) for plan in PLANS[:2]]
 
 
 def blank(**changes: object) -> Recording:
@@ -57,4 +56,4 @@ def blank(**changes: object) -> Recording:
 
 if __name__ == "__main__":
     FIXTURE.unlink(missing_ok=True)
-    record(FIXTURE, blank(torch="none"), GROUPS, SEARCHES, device="cpu")
+    record(FIXTURE, blank(torch="none"), GROUPS, device="cpu")

@@ -29,10 +29,8 @@ from helpers.recording.record import (
     measure_group,
     named,
     record,
-    run_search,
-    searches,
 )
-from helpers.recording.recorded import Group, Search, Step, read, write
+from helpers.recording.recorded import Group, Step, read, write
 from tests.recording.made_up import FIXTURE, GPU, GROUPS, PLANS, blank, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -72,20 +70,6 @@ def test_a_recording_goes_on_where_it_stopped(path, monkeypatch, capsys):
     assert read(path) == found
     assert record(path, blank(), SHORT, device="cpu") == found
     assert capsys.readouterr().out == ""
-
-
-def test_searches_go_on_where_they_stopped(path, monkeypatch, capsys):
-    def found(search, device):
-        return replace(search, predicted_rows=2, measured_rows=1)
-
-    monkeypatch.setattr(recorder, "run_search", found)
-    wanted = [Search(tiny(), plan, 40_000) for plan in PLANS[:2]]
-    for number in (1, 2):
-        recording = record(path, blank(), [], wanted[:number])
-        assert recording.searches == tuple(found(one, "") for one in wanted[:number])
-        assert capsys.readouterr().out == f"{recording.searches[-1]}\n"
-        assert read(path) == recording
-    assert record(path, blank(), [], wanted) == recording
 
 
 @pytest.mark.parametrize(
@@ -143,15 +127,6 @@ def test_nothing_fits_and_it_is_noted(path):
     assert read(path).groups == (SHORT[0],)
     assert compared(read(path)) == []
     assert len(record(path, blank(), SHORT[:1], device="cpu").groups) == 1, "noted"
-
-
-def test_the_largest_batch_is_found_by_prediction_and_by_running(made_up):
-    limit_bytes = replace(tiny(), rows=6).predicted(PLANS[1], "cpu").peak_bytes
-    found = run_search(Search(tiny(), PLANS[1], limit_bytes), "cpu")
-    assert found.predicted_rows == found.measured_rows >= 6
-    plain, checkpointed = made_up.searches
-    assert plain.measured_rows < checkpointed.measured_rows
-    assert str(plain).startswith("uniform_mlp, no checkpointing, under 195.3 KiB: ")
 
 
 # The command
@@ -256,7 +231,6 @@ def test_the_set_is_complete():
     options = {(g.step.optimizer, g.step.precision) for g in found}
     optimizers = ("none", "SGD", "AdamW", "AdamW fused")
     assert options == {(o, p) for o in optimizers for p in ("float32", "bfloat16")}
-    assert len(list(searches())) == 6
 
 
 def test_the_set_takes_minutes_on_a_modern_gpu():
