@@ -36,16 +36,8 @@ def inspect_model(
             nothing that requires a gradient; names the module.
     """
     with as_on(device) as imagined, random_states_kept():
-        model = meta_model(model_or_factory)
-        if model is model_or_factory:
-            model = copy.deepcopy(model)  # a forward may change more than tensors
-        name = type(model).__name__
-        if next(model.parameters(), None) is None:
-            raise ValueError(
-                f"{name} has no parameters, so there is nothing to train or to "
-                "checkpoint"
-            )
-        batch, calls = meta_batch(batch), Calls(model)
+        model, batch = _copied(model_or_factory), meta_batch(batch)
+        name, calls = type(model).__name__, Calls(model)
         step = training_step(model, batch, loss)
         try:
             with calls.watching():
@@ -61,6 +53,19 @@ def inspect_model(
         hazards=tuple(calls.hazards.found),
         report=report_of(timeline, Plan(), imagined.device, "predicted"),
     )
+
+
+def _copied(model_or_factory: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    """Copy a model that has something to train to the meta device."""
+    model = meta_model(model_or_factory)
+    if model is model_or_factory:
+        model = copy.deepcopy(model)  # a forward may change more than tensors
+    if next(model.parameters(), None) is None:
+        raise ValueError(
+            f"{type(model).__name__} has no parameters, so there is nothing to train "
+            "or to checkpoint"
+        )
+    return model
 
 
 def _layers(calls: Calls, timeline: Timeline) -> dict[str, Layer]:
