@@ -12,13 +12,6 @@ from torch import nn
 from torch.nn import functional as F
 
 
-def attend(x: torch.Tensor, heads: int, **options) -> torch.Tensor:
-    """Attend by PyTorch's fused function: (batch, length, 3 · width) → (…, width)."""
-    query, key, value = x.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    x = F.scaled_dot_product_attention(query, key, value, **options)
-    return x.transpose(1, 2).flatten(2)
-
-
 class Block(nn.Module):
     """A decoder block: (batch, length, width) → the same."""
 
@@ -38,7 +31,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention."""
+    """Causal self-attention by PyTorch's fused function."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -47,7 +40,11 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.output(attend(self.inputs(x), self.heads, is_causal=True))
+        batch, length, width = x.shape
+        heads = self.inputs(x).view(batch, length, 3, self.heads, -1)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.output(x.transpose(1, 2).reshape(batch, length, width))
 
 
 class GPT(nn.Module):
@@ -222,7 +219,10 @@ class EncoderLayer(nn.Module):
     def forward(
         self, states: torch.Tensor, *, mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        added = attend(self.inputs(self.norm(states)), self.heads, attn_mask=mask)
+        heads = self.inputs(self.norm(states)).unflatten(-1, (3, self.heads, -1))
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        added = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        added = added.transpose(1, 2).flatten(2)
         states = states + added
         return states + self.mlp(states), added
 
