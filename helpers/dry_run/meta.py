@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from helpers.dry_run.kernels import on_host
+from helpers.timeline import map_tensors, same_for_same
 
 
 def meta_model(model_or_factory: nn.Module | Callable[[], nn.Module]) -> nn.Module:
@@ -37,25 +38,19 @@ def _meta_parameter(tensor: torch.Tensor) -> torch.Tensor:
     return empty
 
 
-def meta_batch(batch: object, made: dict[int, torch.Tensor] | None = None) -> object:
+def meta_batch(batch: object) -> object:
     """Copy a batch, a tensor or tuples, lists and dicts of them, to the meta device.
 
-    A view of a larger tensor takes only its own bytes, as in a copy to a device.
-
-    Args:
-        made: copies by their tensor's id; a tensor that comes twice is copied once.
+    A view of a larger tensor takes only its own bytes, as in a copy to a device; a
+    tensor that comes twice is copied once.
     """
-    made = {} if made is None else made
-    if isinstance(batch, torch.Tensor):
-        if id(batch) not in made:
-            empty = torch.empty_like(batch, device="meta", requires_grad=False)
-            made[id(batch)] = empty.requires_grad_(batch.requires_grad)
-        return made[id(batch)]
-    if isinstance(batch, dict):
-        return {key: meta_batch(value, made) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(meta_batch(item, made) for item in batch)
-    return batch
+
+    @same_for_same
+    def on_meta(tensor: torch.Tensor) -> torch.Tensor:
+        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+        return empty.requires_grad_(tensor.requires_grad)
+
+    return map_tensors(on_meta, batch)
 
 
 _FUSED_STEPS = {

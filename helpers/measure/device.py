@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from helpers.measure._cpu_limit import limit_in_force, uncounted, way_out
-from helpers.timeline import tensors_in
+from helpers.timeline import map_tensors, same_for_same, tensors_in
 from helpers.units import format_bytes, round_to_block
 
 
@@ -39,23 +39,15 @@ def placed(model: nn.Module, batch: object, device: str) -> tuple[nn.Module, obj
     The batch's data is shared where it is there already, unless it is a view of a
     larger tensor: then that tensor would count. Its gradient is not.
     """
-    made: dict[int, torch.Tensor] = {}  # a tensor that comes twice is moved once
 
-    def moved(part: object) -> object:
-        if isinstance(part, torch.Tensor):
-            if id(part) not in made:
-                data = part.detach().to(device)
-                if data.untyped_storage().nbytes() != data.numel() * data.itemsize:
-                    data = data.clone()
-                made[id(part)] = data.requires_grad_(part.requires_grad)
-            return made[id(part)]
-        if isinstance(part, dict):
-            return {name: moved(value) for name, value in part.items()}
-        if isinstance(part, tuple | list):
-            return type(part)(moved(item) for item in part)
-        return part
+    @same_for_same
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        data = tensor.detach().to(device)
+        if data.untyped_storage().nbytes() != data.numel() * data.itemsize:
+            data = data.clone()
+        return data.requires_grad_(tensor.requires_grad)
 
-    batch = moved(batch)
+    batch = map_tensors(moved, batch)
     if all(parameter.device.type == device for parameter in model.parameters()):
         return model, batch
     return copy.deepcopy(model).to(device), batch

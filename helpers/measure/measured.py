@@ -82,6 +82,12 @@ def measure(
 ) -> StepReport:
     """Measure the peak and the time of one training step, in separate passes.
 
+    >>> from helpers.models import MLP
+    >>> model, x = MLP([64, 64, 10], "gelu"), torch.randn(256, 64)
+    >>> report = measure(model, x)
+    >>> report.peak_bytes == predict(model, x, device="cpu").peak_bytes
+    True
+
     Args:
         model, batch, plan, loss, optimizer, autocast: as in ``predict``. The model is
             trained for some steps and then put back: parameters, buffers, gradients,

@@ -31,12 +31,14 @@ def predict(
 ) -> StepReport:
     """Predict the bytes and FLOPs of one training step; allocates nothing.
 
+    >>> from helpers.models import uniform_mlp
+    >>> x = torch.empty(8192, 1024, device="meta")  # a shape without data
+    >>> predict(uniform_mlp, x, Plan.alone(["layer4"])).peak_bytes
+    604424192
+
     Args:
-        model_or_factory: a model on any device, left as it is, or a function that
-            makes one.
-        batch: ``x`` or ``(x, target)``, where ``x`` may be a dict of keyword
-            arguments; tensors on any device, the meta one included.
-        plan: which layers are checkpointed.
+        model_or_factory: a model on any device, left as it is, or what makes one.
+        batch: ``x`` or ``(x, target)`` on any device; ``x`` may be a dict of keywords.
         loss: called with the output, and the target where there is one; default:
             cross-entropy with a target, ``output.sum()`` without.
         optimizer: called with the parameters, e.g. ``torch.optim.AdamW``.

@@ -7,6 +7,8 @@ from helpers.timeline.operators import (
     Observer,
     flops_of,
     local,
+    map_tensors,
+    same_for_same,
     state_tensors,
     tensors_in,
 )
@@ -24,8 +26,10 @@ __all__ = [
     "Tracker",
     "flops_of",
     "local",
+    "map_tensors",
     "counting",
     "record_timeline",
+    "same_for_same",
     "state_tensors",
     "tensors_in",
 ]

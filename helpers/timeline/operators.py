@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from helpers.checkpointing import Undo
@@ -102,6 +102,26 @@ def tensors_in(value: object) -> Iterator[torch.Tensor]:
             yield from tensors_in(list(leaf.values()))
         elif isinstance(leaf, tuple | list):
             yield from tensors_in(list(leaf))
+
+
+def map_tensors(
+    change: Callable[[torch.Tensor], torch.Tensor], value: object
+) -> object:
+    """Change each tensor in a value, nested in tuples, lists or dicts."""
+    plain = dict(value) if isinstance(value, dict) else value
+    return tree_map_only(torch.Tensor, change, plain)
+
+
+def same_for_same(make: Callable[[torch.Tensor], torch.Tensor]) -> Callable:
+    """Let a function be called once for each tensor, and give its answer again."""
+    made: dict[int, torch.Tensor] = {}
+
+    def find(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = make(tensor)
+        return made[id(tensor)]
+
+    return find
 
 
 def is_sharded(kind: type) -> bool:
