@@ -1,4 +1,18 @@
-"""The workbook's library: README.md beside this file is its map."""
+"""The workbook's library. README.md beside this file is its map, with an example.
+
+What is in it, a layer a line; each layer knows only those before it:
+
+    units, models                 numbers as people read them; what is trained
+    checkpointing, from_scratch   which layers, and how; ``checkpoint`` built by hand
+    timeline                      what a step allocates and frees
+    allocator, dry_run            what CUDA counts; a step without data
+    measure                       one step's numbers, predicted or measured
+    planner, inspection, sweep, recording, distributed, compiled, offload
+    plots                         the pictures
+    controls, checks              the labs, and the checks of the exercises
+
+``measure`` is this package; the function is ``helpers.measure.measure``.
+"""
 
 import importlib
 from collections.abc import Callable, Mapping

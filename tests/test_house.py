@@ -33,7 +33,8 @@ WITHIN = {"dry_run": {"allocator"}}
 MOST_ENTRIES, MOST_LINES, FILE_LINES, FUNCTION_LINES = 20, 8_200, 330, 40
 STARRED = """units models/mlp checkpointing/plan checkpointing/apply
   from_scratch/__init__ from_scratch/reentrant from_scratch/segment timeline/tracker
-  timeline/record dry_run/__init__ measure/step measure/predicted""".split()
+  timeline/record dry_run/__init__ measure/step measure/predicted
+  controls/state""".split()
 STARRED_LINES = 250  # files to learn from, which the notebooks link
 CLOSURE_FILES, CLOSURE_LINES = 13, 2_000
 NOT_IN_CLOSURE = "controls", "plots", "recording", "_cpu_limit"

@@ -47,17 +47,19 @@ def checkpointed(
 ) -> Iterator[nn.Module]:
     """Apply ``plan`` to ``model`` inside a ``with`` block, and undo it on the way out.
 
-    Only the ``forward`` attribute of some modules changes: parameters, ``state_dict``
-    keys, hooks, training mode and types stay as they are, whatever happens inside.
+    >>> import torch
+    >>> from helpers.models import DocsMLP
+    >>> model = DocsMLP()
+    >>> with checkpointed(model, Plan.alone(["layer2"])):
+    ...     model(torch.randn(32, 1024)).sum().backward()
 
-    Args:
-        use_reentrant, preserve_rng_state, early_stop, context_fn: passed on to
-            ``torch.utils.checkpoint.checkpoint``.
+    Only modules' ``forward`` changes: parameters, ``state_dict`` keys, hooks, training
+    mode and types stay. The options are those of ``torch.utils.checkpoint.checkpoint``.
 
     Raises:
-        ValueError: for a name that is not in the model, comes twice, lies inside
-            another, or does not follow the one before it. Lists the names that exist.
-            For a ``context_fn`` that is none, or from the model where it fails.
+        ValueError: for a name that is not in the model (lists those that are), comes
+            twice, lies inside another, or does not follow the one before it; for a
+            ``context_fn`` that is none, or from the model where it fails.
     """
     check_fits(model, plan)
     call = functools.partial(

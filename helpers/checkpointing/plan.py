@@ -18,6 +18,9 @@ class PlanFault(ValueError):
 class Plan:
     """Which layers are checkpointed: a tuple of segments, each a tuple of names.
 
+    >>> print(Plan((("layer1", "layer2"), ("layer4",))))
+    layer1+layer2, layer4
+
     A segment is a run of consecutive children of one ``nn.Sequential``, or of one
     ``nn.ModuleList`` whose owner feeds each into the next, or a single module by its
     dotted name. ``Plan()`` checkpoints nothing.

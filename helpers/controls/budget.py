@@ -28,6 +28,11 @@ def _of_the_lab(*names: str) -> list[property]:
 class BudgetLab(widgets.HBox):
     """Choose a memory budget, and the boxes show the cheapest plan that fits.
 
+    >>> lab = BudgetLab(batch=8192, settings={"depth": 8, "width": 1024})
+    >>> lab.budget_bytes = 400 * 2**20
+    >>> print(lab.plan)
+    layer1+layer2+layer3+layer4
+
     Boxes may still be flipped by hand: the budget stays, and the sentence says whether
     the plan fits.
 

@@ -29,6 +29,11 @@ from helpers.models import ACTIVATIONS, uniform_mlp
 class LayerLab(widgets.HBox):
     """Flip layers' boxes and see peak memory and iteration time change.
 
+    >>> lab = LayerLab(batch=8192, settings={"depth": 8, "width": 1024})
+    >>> lab.boxes["layer1"].value = True
+    >>> print(lab.finding)
+    layer 1 alone: peak 576.4 MiB (−32.0 MiB), step +4 % FLOPs
+
     Args:
         model_factory: makes the model, from ``settings`` as keyword arguments.
         batch: rows of a random input, which the reader may change; or a tensor ``x``,

@@ -27,9 +27,15 @@ def inspect_model(
 ) -> Inspection:
     """Run one step on meta tensors, and tell what is inside the model.
 
-    Args:
-        model_or_factory, batch, loss, device: as in ``predict``. The model is left as
-            it is, Python's and NumPy's random numbers too.
+    >>> import torch
+    >>> from helpers.models import MLP
+    >>> print(inspect_model(MLP([1024, 1024, 10], "gelu"), torch.empty(8192, 1024)))
+    module  class            kept      forward
+    layer1  Sequential   64.0 MiB   17.2 GFLOP
+    layer2  Linear      320.0 KiB  167.8 MFLOP
+
+    The arguments are those of ``predict``. The model is left as it is, Python's and
+    NumPy's random numbers too.
 
     Raises:
         ValueError: if the model has no parameters, fails, looks at values, or returns
@@ -37,16 +43,15 @@ def inspect_model(
     """
     with as_on(device) as imagined, random_states_kept():
         model, batch = _copied(model_or_factory), meta_batch(batch)
-        name, calls = type(model).__name__, Calls(model)
-        step = training_step(model, batch, loss)
+        step, calls = training_step(model, batch, loss), Calls(model)
         try:
             with calls.watching():
                 timeline = imagined.record(step, model, batch, observers=[calls])
         except Exception as error:
-            raise ValueError(_failure(error, model, name)) from None
+            raise ValueError(_failure(error, model)) from None
     chains, breaks = calls.chains()
     return Inspection(
-        model=name,
+        model=type(model).__name__,
         layers=_layers(calls, timeline),
         chains=tuple(chains),
         breaks=breaks,
@@ -96,8 +101,9 @@ def kept_by_module(timeline: Timeline) -> dict[str, int]:
     return kept
 
 
-def _failure(error: Exception, model: nn.Module, name: str) -> str:
+def _failure(error: Exception, model: nn.Module) -> str:
     """Say in one sentence why a step could not be run."""
+    name = type(model).__name__
     reason = str(error).strip().splitlines()[0] if str(error) else "no reason given"
     if "requires a grad" in reason or "require a grad" in reason:
         return f"{name} returns nothing that requires a gradient: {reason}"

@@ -101,6 +101,11 @@ def plan_for(
 ) -> StepReport:
     """Find a plan whose dry run fits the budget; the report holds the plan.
 
+    >>> from helpers.models import uniform_mlp
+    >>> x = torch.empty(8192, 1024, device="meta")  # a shape without data
+    >>> print(plan_for(uniform_mlp, x, 400 * 2**20).plan)
+    layer1+layer2+layer3+layer4
+
     The arithmetic of a chain does not know what a model does with its layers' outputs
     besides; where it was too low for a plan, the search goes on below that plan.
 
