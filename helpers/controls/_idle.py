@@ -1,6 +1,7 @@
 """Work in small steps that a notebook's kernel does while no cell is running."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Generator
 
 PAUSE_S = 0.001  # in which the event loop delivers clicks
@@ -16,7 +17,6 @@ class IdleWork:
     def __init__(self, guard: Callable[[Callable[[], None]], None]) -> None:
         self._guard = guard
         self._steps: Generator | None = None
-        self._timer: asyncio.TimerHandle | None = None
         try:
             self.loop = asyncio.get_running_loop()
         except RuntimeError:  # no notebook: nothing is ever idle
@@ -29,39 +29,30 @@ class IdleWork:
 
     def start(self, steps: Generator, delay_s: float = PAUSE_S) -> None:
         """Drop other work, and begin with this after a while; now without a loop."""
-        self.stop()
         if self.loop is None:
-            self._guard(lambda: self.run(steps))
-        else:
-            self._steps = steps
-            self._timer = self.loop.call_later(delay_s, self._guard, self._go_on)
+            return self.run(steps)
+        self.stop()
+        self._steps = steps
+        self._timer = self.loop.call_later(delay_s, self._guard, self._go_on)
 
     def run(self, steps: Generator) -> None:
         """Drop other work, and do all of this now; errors reach the caller."""
         self.stop()
-        self._steps = steps
-        try:
-            while self.active:
-                self._step()
-        finally:
-            self.stop()
+        with contextlib.closing(steps):
+            for _ in steps:
+                pass
 
     def stop(self) -> None:
         """Drop the work; its ``finally`` clauses run."""
-        if self._timer:
+        if self.active:
             self._timer.cancel()
-        if self._steps:
             self._steps.close()
-        self._steps = self._timer = None
-
-    def _step(self) -> None:
-        try:
-            next(self._steps)
-        except StopIteration:
             self._steps = None
 
     def _go_on(self) -> None:
-        if self.active:
-            self._step()
-        if self.active:
+        """Do a step, and come back for the next one."""
+        try:
+            next(self._steps)
             self._timer = self.loop.call_later(PAUSE_S, self._guard, self._go_on)
+        except StopIteration:
+            self._steps = None

@@ -4,13 +4,13 @@ It is redrawn at each flip of a box and has some 50 ms for that. So the figure i
 once, and each part of it is painted again only when what it shows has changed.
 """
 
+import functools
 import io
 from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib
 import numpy as np
 from matplotlib.artist import Artist
-from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
@@ -21,13 +21,17 @@ from helpers.measure import StepReport
 from helpers.plots import (
     COLORS,
     INK,
+    LABEL_COLORS,
+    PHASE_COLORS,
+    QUIET,
+    RECORDED,
+    STYLE,
     plot_peaks,
     plot_timeline,
     plot_times,
     plot_tradeoff,
     timeline_length,
 )
-from helpers.plots._axes import LABEL_COLORS, PHASE_COLORS, QUIET, RECORDED, STYLE
 from helpers.recording import Recorded
 
 WIDTH, HEIGHT, SCALE = 880, 500, 1.5  # CSS pixels, and device pixels for each
@@ -41,29 +45,18 @@ class LabPicture:
     def __init__(self) -> None:
         self._style = matplotlib.rc_params_from_file(STYLE, use_default_template=False)
         with matplotlib.rc_context(self._style):
-            self._figure = Figure((WIDTH / 100, HEIGHT / 100), dpi=100 * SCALE)
-            self._figure.set_layout_engine("none")
-            self._canvas = TextMemoryCanvas(self._figure)
+            figure = Figure((WIDTH / 100, HEIGHT / 100), dpi=100 * SCALE)
+            figure.set_layout_engine("none")
+            self._canvas = TextMemoryCanvas(figure)
             self._indexed = np.zeros(SIZE[::-1], np.uint8)
-            part = self._part
-            self._before = part("no checkpointing", (0, 0.5, 0.55, 0.5), left=0.06)
-            self._after = part("this plan", (0, 0, 0.55, 0.5), left=0.06)
-            self._peaks = part(
-                "alive at the peak", (0.55, 0.5, 0.25, 0.5), left=0.055, right=0.08
-            )
-            self._times = part("iteration time", (0.8, 0.5, 0.2, 0.5), left=0.05)
-            self._tradeoff = part("every plan tried", (0.55, 0, 0.45, 0.5), left=0.055)
+            place, low = functools.partial(_Part, self._canvas, self._indexed), 0.03
+            self._before = place("no checkpointing", (0, 0.5, 0.55, 0.5), 0.06, low)
+            self._after = place("this plan", (0, 0, 0.55, 0.5), 0.06, low)
+            bars = (0.55, 0.5, 0.25, 0.5), 0.055
+            self._peaks = place("alive at the peak", *bars, right=0.08)
+            self._times = place("iteration time", (0.8, 0.5, 0.2, 0.5), 0.05)
+            self._tradeoff = place("every plan tried", (0.55, 0, 0.45, 0.5), 0.055)
             self._canvas.draw()
-
-    def _part(
-        self, title: str, region: tuple, left: float, right: float = 0.015
-    ) -> "_Part":
-        x, y, width, height = region
-        low = 0.1 if title not in ("no checkpointing", "this plan") else 0.03
-        ax = self._figure.add_axes(
-            (x + left, y + low, width - left - right, height - low - 0.07), title=title
-        )
-        return _Part(ax, region, self._canvas, self._indexed)
 
     def draw(
         self,
@@ -150,14 +143,20 @@ def smaller(png: bytes) -> bytes:
 
 
 class _Part:
-    """One axes and its region of the canvas, painted when what it shows changes."""
+    """One axes and its region of the canvas, painted when what it shows changes.
+
+    Args:
+        region: (x, y, width, height), margins included; shares of the figure.
+    """
 
     def __init__(
-        self, ax: Axes, region: tuple, canvas: TextMemoryCanvas, whole: np.ndarray
+        self, canvas, indexed, title, region, left, low=0.1, right=0.015
     ) -> None:
-        self._ax, self._canvas, self._indexed = ax, canvas, whole
+        self._canvas, self._indexed = canvas, indexed
         self._shown = self._frame = self._empty = None
         x, y, width, height = region
+        inside = x + left, y + low, width - left - right, height - low - 0.07
+        self._ax = canvas.figure.add_axes(inside, title=title)
         columns, rows = SIZE
         self._region = (
             slice(round((1 - y - height) * rows), round((1 - y) * rows)),

@@ -8,7 +8,7 @@ from torch import nn
 
 from helpers.checkpointing import Plan
 from helpers.controls._findings import timed_note
-from helpers.controls._look import wide
+from helpers.controls._look import WIDE
 from helpers.recording import FOLDER, MODELS, Pair, RecordingError, all_recorded
 from helpers.units import format_bytes
 
@@ -21,7 +21,7 @@ class RecordedChoice(widgets.Dropdown):
     """
 
     def __init__(self, changed: Callable[[], None], folder: Path = FOLDER) -> None:
-        super().__init__(description="recorded", layout=wide(216, display="none"))
+        super().__init__(description="recorded", layout=WIDE | {"display": "none"})
         self.style.description_width = "76px"
         self._folder, self._changed, self._quiet = folder, changed, False
         self._found: dict[str, dict[Plan, Pair]] = {}

@@ -11,11 +11,11 @@ import ipywidgets as widgets
 
 from helpers.checkpointing import Plan
 from helpers.controls._findings import added_work
-from helpers.controls._look import status, wide
+from helpers.controls._look import status
 from helpers.controls.lab import LayerLab
 from helpers.measure import StepReport
 from helpers.planner import InfeasibleBudget, best_plan, pareto, profile
-from helpers.plots._axes import memory_unit
+from helpers.plots import memory_unit
 from helpers.units import format_bytes
 
 POINTS = 100  # of the front at most: the steps of the slider
@@ -57,16 +57,16 @@ class BudgetLab(widgets.HBox):
 
     def __init__(self, *args, **kwargs) -> None:
         self.budget_finding, self.front = "", []
-        self._front_key = self._chain = None  # what the front is of
+        self._front_of = self._chain = None  # the values that the front is of
         self._budget_bytes, self._unit_bytes = 0, 1
         self._planned, self._fits = Plan(), True
         self._follows = True  # whether the boxes show what was planned
-        look = {"description": "budget", "layout": wide(470)}
+        look = {"description": "budget", "layout": {"width": "470px"}}
         self.slider = widgets.IntSlider(readout=False, max=0, **look)
         self.slider.style.description_width = "52px"
-        self.field = widgets.FloatText(step=0.1, layout=wide(96))
-        self.unit = widgets.Label(layout=wide(36))
-        self.least = widgets.Button(layout=wide(170))
+        self.field = widgets.FloatText(step=0.1, layout={"width": "96px"})
+        self.unit = widgets.Label(layout={"width": "36px"})
+        self.least = widgets.Button(layout={"width": "170px"})
         self.verdict = widgets.HTML().add_class("budget-lab-verdict")
         self.lab = LayerLab(*args, **kwargs)
         self._answered = {self.slider: 0, self.field: 0.0}  # their values, as answered
@@ -163,7 +163,7 @@ class BudgetLab(widgets.HBox):
 
     def _shown(self) -> None:
         """Plan anew if the lab shows another model, and judge what it shows."""
-        if self.state.key != self._front_key:
+        if self.state.values != self._front_of:
             self._find_front()
             if self._follows:
                 self._take(self._budget_bytes)
@@ -171,8 +171,8 @@ class BudgetLab(widgets.HBox):
 
     def _find_front(self) -> None:
         """Plan for the present model; the budget stays, if there has been one."""
-        state, first = self.state, self._front_key is None
-        self._front_key, self.front = state.key, []
+        state, first = self.state, self._front_of is None
+        self._front_of, self.front = state.values, []
         try:
             self._chain = profile(
                 state.model, state.batch, device=state.device, **state.options

@@ -17,13 +17,13 @@ from torch import nn
 
 from helpers.checkpointing import Plan
 from helpers.controls._idle import IdleWork
-from helpers.controls._look import SILENT_ICONS, status, wide
+from helpers.controls._look import SILENT_ICONS, WIDE, control, status
 from helpers.controls._picture import HEIGHT, WIDTH, LabPicture, smaller
 from helpers.controls._recorded import RecordedChoice
 from helpers.controls.rows import Rows
 from helpers.controls.state import LabState
 from helpers.measure import Loss, StepReport
-from helpers.models import ACTIVATIONS, uniform_mlp
+from helpers.models import uniform_mlp
 
 
 class LayerLab(widgets.HBox):
@@ -39,21 +39,17 @@ class LayerLab(widgets.HBox):
         batch: rows of a random input, which the reader may change; or a tensor ``x``,
             a dict of keyword arguments, or ``(x, target)``, which stay.
         settings: what the reader may change of the model, with its first value.
-        device: whose step is predicted.
-        loss: as in ``predict``.
-        tree: whether the rows are the model's modules as a tree, instead of its
-            children; default: if its children are more than layers of a chain.
+        device, loss: as in ``predict``.
+        tree: whether rows are all modules, as a tree, instead of the model's children;
+            default: if its children are more than layers of a chain.
 
     Attributes:
         state: what it knows, apart from the widgets.
         boxes: a checkbox for each layer, by name.
         joins: a toggle for each layer that can share a segment with the one before;
             it counts when both are ticked.
-        settings: what the reader has chosen for the model, by name.
-        finding: what the plan changes, in one sentence, from the prediction.
-        history: a report for every plan tried at these settings, measured where it was.
-        recorded: a dropdown of GPUs that have measured this model at this size; it is
-            hidden where none has.
+        settings, finding, history: of ``state``, as they are now.
+        recorded: a dropdown of GPUs that have measured this model at this size.
         picture, readout: the picture, and the finding with a note below.
         on_shown: called without arguments after each new picture.
     """
@@ -74,13 +70,13 @@ class LayerLab(widgets.HBox):
         self._pending: Callable | None = None
         self._work = IdleWork(self.guarded)
         self.drawer, self._png = LabPicture(), b""
-        self.controls = self._make_controls()
-        self.rows = Rows(
-            self.state.ticks, lambda: self.later(self._show), self.state.tree
-        )
-        self.measure_button = widgets.Button(
-            description="Measure", icon="clock-o", layout=wide(216)
-        )
+        self.controls = {n: control(n, v) for n, v in self.state.values.items()}
+        for one in self.controls.values():
+            one.observe(lambda _: self.later(self._rebuild), "value")
+        ticks, tree = self.state.ticks, self.state.tree
+        self.rows = Rows(ticks, lambda: self.later(self._show), tree)
+        look = {"icon": "clock-o", "layout": WIDE}
+        self.measure_button = widgets.Button(description="Measure", **look)
         self.measure_button.on_click(lambda _: self.later(self._toggle_measuring))
         self.recorded = RecordedChoice(lambda: self.later(self._draw))
         self.picture = widgets.HTML().add_class("layer-lab-picture")
@@ -126,55 +122,34 @@ class LayerLab(widgets.HBox):
     # How it is built ------------------------------------------------------------------
 
     def _arranged(self) -> list[widgets.Widget]:
-        icons = widgets.HTML(
-            f"<style>{SILENT_ICONS}</style>", layout={"display": "none"}
-        )
+        style = f"<style>{SILENT_ICONS}</style>"
+        icons = widgets.HTML(style, layout={"display": "none"})
         left = [*self.controls.values(), self._make_shortcuts(), self.rows]
         left += [self.measure_button, self.recorded, icons]
-        pixels = 336 if self.state.tree else 252
-        return [
-            widgets.VBox(left, layout=wide(pixels, flex="0 0 auto")),
-            widgets.VBox(
-                [self.picture, self.readout],
-                layout=widgets.Layout(flex="1 1", min_width="0"),
-            ),
-        ]
-
-    def _make_controls(self) -> dict[str, widgets.Widget]:
-        controls = {}
-        for name, value in self.state.values.items():
-            look = {"value": value, "description": name, "layout": wide(216)}
-            if value in ACTIVATIONS:
-                control = widgets.Dropdown(options=list(ACTIVATIONS), **look)
-            elif isinstance(value, float):
-                control = widgets.FloatText(step=0.1, **look)
-            else:
-                control = widgets.IntText(**look)
-            control.style.description_width = "76px"
-            control.observe(lambda _: self.later(self._rebuild), "value")
-            controls[name] = control
-        return controls
+        room = {"width": "336px" if self.state.tree else "252px", "flex": "0 0 auto"}
+        rest = {"flex": "1 1", "min_width": "0"}
+        shown = widgets.VBox([self.picture, self.readout], layout=rest)
+        return [widgets.VBox(left, layout=room), shown]
 
     def _make_shortcuts(self) -> widgets.VBox:
-        look = {"description": "of", "layout": wide(84, margin="1px")}
+        look = {"description": "of", "layout": {"width": "84px", "margin": "1px"}}
         self.piece = widgets.BoundedIntText(2, min=1, max=999, **look)
         self.piece.style.description_width = "24px"
-        ticks = self.state.ticks
-        plans = {
-            "none": Plan,
-            "each alone": lambda: ticks.pieces(1),
-            "all joined": lambda: ticks.pieces(None),
-            "pieces": lambda: ticks.pieces(self.piece.value),
-        }
+        pieces = self.state.ticks.pieces
+        plans = {"none": Plan}
+        plans["each alone"] = lambda: pieces(1)
+        plans["all joined"] = lambda: pieces(None)
+        plans["pieces"] = lambda: pieces(self.piece.value)
         self.shortcuts: dict[str, widgets.Button] = {}
         for text, plan in plans.items():
-            look = wide(60 if text == "none" else 76, margin="1px", padding="0")
+            look = {"width": "60px" if text == "none" else "76px"}
+            look |= {"margin": "1px", "padding": "0"}
             button = widgets.Button(description=text, layout=look)
             button.on_click(lambda _, plan=plan: self._apply(plan()))
             self.shortcuts[text] = button
-        *first, pieces = self.shortcuts.values()
-        rows = [widgets.HBox(first), widgets.HBox([pieces, self.piece])]
-        return widgets.VBox(rows, layout=widgets.Layout(margin="4px 0"))
+        *first, last = self.shortcuts.values()
+        rows = [widgets.HBox(first), widgets.HBox([last, self.piece])]
+        return widgets.VBox(rows, layout={"margin": "4px 0"})
 
     def _apply(self, plan: Plan) -> None:
         """Set boxes and joins now, before the next click; answer when it is time."""
@@ -239,12 +214,8 @@ class LayerLab(widgets.HBox):
     def _draw(self) -> None:
         state = self.state
         self.rows.show_kept(state.shown, *state.kept)
-        self._png = self.drawer.draw(
-            *state.reports,
-            state.predictions,
-            list(state.measured.values()),
-            self.recorded.pairs,
-        )
+        found = state.predictions, [*state.measured.values()], self.recorded.pairs
+        self._png = self.drawer.draw(*state.reports, *found)
         self._say(state.note + self.recorded.note(state.shown) + state.caution)
         source = base64.b64encode(self._png).decode()
         self.picture.value = (

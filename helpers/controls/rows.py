@@ -18,6 +18,7 @@ from helpers.units import format_bytes
 FOLDED = 8  # so many alike and more are one row at first
 INDENT = 14  # pixels a level
 BUTTON = {"height": "22px", "padding": "0"}
+Bytes = dict[str, int]  # that modules keep, by their names
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,8 @@ class Row(widgets.HBox):
         room, margin = {"width": "76px"}, "0 0 0 4px"
         if tree:
             parts.append(self._make_fold())
-            room, margin = (
-                {"width": "auto", "flex": "1 1 auto", "min_width": "0"},
-                "0 6px",
-            )
+            room = {"width": "auto", "flex": "1 1 auto", "min_width": "0"}
+            margin = "0 6px"
         look = {"description": node.label, "layout": share.layout(**room)}
         self.box = share.make(widgets.Checkbox, indent=False, **look)
         if tree:
@@ -151,7 +150,7 @@ class Rows(widgets.VBox):
         """Make rows for another model; one that stays is not taken from the mouse."""
         self._old, self._rows = self._rows, {}
         self.boxes, self.joins = _Boxes(self), {}
-        self._shown: tuple[Plan, dict, dict] = Plan(), {}, {}
+        self._shown: tuple[Plan, Bytes, Bytes] = Plan(), {}, {}
         around = self.ticks.inspection.parent(self.ticks.inspection.units[0])
         self._open = {around}  # the keys of what is unfolded
         self.reveal(around)
@@ -203,7 +202,7 @@ class Rows(widgets.VBox):
             if row is None or row.node != node:
                 row = self._make_row(node)
             if len(names) == 1:
-                dict.__setitem__(self.boxes, key, row.box)
+                self.boxes[key] = row.box
             if row.join:
                 self.joins[key] = row.join
             self._rows[key] = row
@@ -214,7 +213,7 @@ class Rows(widgets.VBox):
         if hazards := inspection.hazards_of(Plan.alone(names)):
             reason = html.escape(str(hazards[0]))
             mark = f'<span role="img" title="{reason}" aria-label="{reason}">⚠ </span>'
-        label = first.removeprefix(f"{parent}.") if parent else first
+        label = first.removeprefix(f"{parent}.")
         about, before = f"{first}, {inspection.layers[first].kind}", None
         if len(names) > 1:
             label += f" … {names[-1].rpartition('.')[2]}"
@@ -236,7 +235,7 @@ class Rows(widgets.VBox):
     def write(self) -> None:
         """Write what is ticked and joined into the widgets that there are."""
         for row in list(self._rows.values()):
-            row.box.value = self.ticks.holds(row.node.names)
+            row.box.value = self.ticks.ticked.issuperset(row.node.names)
             if row.join:
                 row.join.value = row.node.key in self.ticks.joined
 
@@ -247,7 +246,7 @@ class Rows(widgets.VBox):
         self._lay_out()
 
     def _flip(self, names: tuple[str, ...], ticked: bool) -> None:
-        if ticked != self.ticks.holds(names):
+        if ticked != self.ticks.ticked.issuperset(names):
             self.ticks.tick(names, ticked)
             self.write()
             self._changed()
@@ -257,9 +256,7 @@ class Rows(widgets.VBox):
             self.ticks.joined.symmetric_difference_update({name})
             self._changed()
 
-    def show_kept(
-        self, plan: Plan, now: dict[str, int], without: dict[str, int]
-    ) -> None:
+    def show_kept(self, plan: Plan, now: Bytes, without: Bytes) -> None:
         """Show the bytes that each module keeps, and a bar along each segment.
 
         Args:
@@ -269,10 +266,7 @@ class Rows(widgets.VBox):
         self._shown = plan, now, without
         for row in self.children:
             names = row.node.names
-            kept, before = (
-                sum(by_name.get(name, 0) for name in names)
-                for by_name in (now, without)
-            )
+            kept, before = (sum(b.get(n, 0) for n in names) for b in (now, without))
             words = "" if self._is_open(row) else _folded_words(plan, names)
             text = f"{words or 'keeps '}{format_bytes(kept)}"
             row.show(plan, text, kept != before)

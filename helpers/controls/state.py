@@ -39,7 +39,7 @@ class LabState:
 
     Attributes:
         values: the sizes that the reader may change: settings, and ``batch`` if it is a
-            number of rows. ``key`` tells them from others.
+            number of rows.
         model, batch: the present ones, on meta tensors.
         ticks: what is ticked and joined, with the inspection of the model.
         tried, measured: at these sizes, a prediction for each plan tried, and for each
@@ -61,7 +61,6 @@ class LabState:
         self.settings = self.values = settings or {}
         if isinstance(batch, int):
             self.values = self.settings | {"batch": batch}
-        self.key: tuple = ()
         self.model, self.batch, self.ticks = None, None, Ticks()
         self.tree = self._has_depth() if tree is None else tree
         self.shown, self.finding = Plan(), ""
@@ -91,9 +90,10 @@ class LabState:
         else:
             found = children_of(model)
         self.ticks.fit(found)
-        self.values, self.settings, self.key = values, settings, tuple(values.items())
+        self.values, self.settings = values, settings
         self.model, self.batch = model, batch
-        self.tried, self.measured = self._by_key.setdefault(self.key, ({}, {}))
+        key = tuple(values.items())
+        self.tried, self.measured = self._by_key.setdefault(key, ({}, {}))
 
     @property
     def plan(self) -> Plan:

@@ -1,6 +1,6 @@
 """What can be ticked in a model, what is ticked and joined, and the plan it makes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -96,10 +96,6 @@ class Ticks:
     def pieces(self, size: int | None) -> Plan:
         """Cut the units into segments of ``size``, as far as they are a chain."""
         return segments_of(self.inspection.units, self._linked, longest=size)
-
-    def holds(self, names: Iterable[str]) -> bool:
-        """Say whether all of them are ticked."""
-        return self.ticked.issuperset(names)
 
     def tick(self, names: Sequence[str], ticked: bool) -> None:
         """Tick or untick modules; a tick takes the place of those around and inside.
