@@ -11,7 +11,7 @@ _HOMES = {
     "Misfit": "step",
     "failing_layer": "step",
     "is_out_of_memory": "step",
-    "time_step_ms": "step",
+    "time_step_ms": "device",
     "training_step": "step",
     "OptimizerFactory": "predicted",
     "predict": "predicted",

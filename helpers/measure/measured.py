@@ -24,6 +24,7 @@ from helpers.measure.device import (
     memory_bytes,
     placed,
     random_numbers_kept,
+    time_step_ms,
     too_large,
     usable_device,
 )
@@ -32,7 +33,6 @@ from helpers.measure.report import StepReport
 from helpers.measure.step import (
     Loss,
     is_out_of_memory,
-    time_step_ms,
     training_step,
 )
 from helpers.timeline import record_timeline

@@ -1,7 +1,6 @@
 """One training step, as every number in this workbook means it."""
 
 import contextlib
-import time
 from collections.abc import Callable
 
 import torch
@@ -120,20 +119,6 @@ def _cross_entropy(output: object, target: torch.Tensor) -> torch.Tensor:
     if target.shape != classes_second and target.shape == output.shape[:-1]:
         output, target = output.flatten(0, -2), target.flatten()
     return nn.functional.cross_entropy(output, target)
-
-
-def time_step_ms(step: Callable[[], object], device: str) -> float:
-    """Time one step: by CUDA events on a GPU, by the clock on a CPU."""
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    started = time.perf_counter()
-    step()
-    return (time.perf_counter() - started) * 1000
 
 
 def _misfit(error: Exception, model: nn.Module, x: object, targets: tuple) -> str:

@@ -1,9 +1,8 @@
 """What operators read, make and multiply, and who is told of it."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,16 +27,12 @@ CATEGORIES = (
     "temporary",
 )
 
-_aten = torch.ops.aten
 # PyTorch counts CUDA's fused attention, but not the CPU's, which multiplies as much.
-_ALIKE: Mapping[object, object] = MappingProxyType(
-    {
-        getattr(_aten, f"_scaled_dot_product_flash_attention_for_cpu{step}"): getattr(
-            _aten, f"_scaled_dot_product_flash_attention{step}"
-        )
-        for step in ("", "_backward")
-    }
-)
+_FLASH = "_scaled_dot_product_flash_attention"
+_ALIKE = {
+    getattr(torch.ops.aten, f"{_FLASH}_for_cpu{step}"): f"{_FLASH}{step}"
+    for step in ("", "_backward")
+}
 
 
 @dataclass(slots=True, eq=False)
@@ -150,7 +145,8 @@ def no_scratch(func: torch._ops.OpOverload, args: tuple) -> int:
 def flops_of(func: torch._ops.OpOverload, args: tuple, kwargs: dict, out) -> int:
     """Count the FLOPs of one call: matrix products, convolutions and attention."""
     packet = func.overloadpacket
-    packet = _ALIKE.get(packet, packet)
+    if packet in _ALIKE:
+        packet = getattr(torch.ops.aten, _ALIKE[packet])
     if packet not in flop_registry:
         return 0
     shapes = _shapes((args, tuple(kwargs.items()), out))
