@@ -203,7 +203,8 @@ class Steps:
         if measured:
             usable_device(nn.Identity(), self.device)
         self.measured, self.seed = measured, seed
-        self.repeats, self.warmup, self.options = repeats, warmup, options
+        self.options = options | {"device": self.device}
+        self.runs = {"repeats": repeats, "warmup": warmup}
         real = repeats + max(1, warmup) + 1 + (self.device == "cuda")
         self.per_plan = 1 + real if measured else 1
 
@@ -227,8 +228,7 @@ class Steps:
         tick()
         with contextlib.suppress(*(ValueError, RuntimeError) if self.measured else ()):
             # What else may be wrong, the measurement says as well.
-            how = self.options | {"device": self.device}
-            report = predict(case.model, case.batch, plan, **how)
+            report = predict(case.model, case.batch, plan, **self.options)
             return replace(report, timeline=None)  # it is large
         return None
 
@@ -257,17 +257,8 @@ class Steps:
             torch.manual_seed(self.seed)
             with torch.device(self.device):
                 model, batch = case.make_model(), case.make_batch()
-        return measure_plans(
-            model,
-            batch,
-            plans,
-            device=self.device,
-            repeats=self.repeats,
-            warmup=self.warmup,
-            between_steps=tick,
-            shuffle=random.Random(self.seed),
-            **self.options,
-        )
+        how = self.options | self.runs | {"shuffle": random.Random(self.seed)}
+        return measure_plans(model, batch, plans, between_steps=tick, **how)
 
 
 def _numbers(report: StepReport | None) -> dict[str, object]:

@@ -48,39 +48,43 @@ def checkpoint(
         debug: list the operators of both runs if they do not match.
         early_stop: end the second run as soon as everything is back.
 
-    Returns:
-        What ``function`` returns.
-
     Raises:
         CheckpointError: from backward, if the second run does not match the first.
     """
     if use_reentrant:
-        if kwargs:
-            raise ValueError(f"Unexpected keyword arguments: {', '.join(kwargs)}")
-        if debug or context_fn is not noop_context_fn:
-            raise ValueError(
-                "context_fn and debug are only supported when use_reentrant=False"
-            )
+        _check_reentrant(kwargs, context_fn, debug)
         return Reentrant.apply(function, Surroundings(args, preserve_rng_state), *args)
+    make_contexts = _context_fn(context_fn, determinism_check, debug)
+    if not torch.is_grad_enabled():
+        return function(*args, **kwargs)
+    surroundings = Surroundings((args, kwargs), preserve_rng_state)
+    stops_early = _overruled(early_stop, theirs._enable_checkpoint_early_stop)
+    how = {"stops_early": stops_early, "compares": determinism_check == "default"}
+    call = functools.partial(function, **kwargs)
+    return Segment(call, args, surroundings, make_contexts(), **how).run(args)
+
+
+def _check_reentrant(kwargs: dict, context_fn: Callable, debug: bool) -> None:
+    """Raise ValueError on what the reentrant mechanism does not know."""
+    if kwargs:
+        raise ValueError(f"Unexpected keyword arguments: {', '.join(kwargs)}")
+    if debug or context_fn is not noop_context_fn:
+        raise ValueError(
+            "context_fn and debug are only supported when use_reentrant=False"
+        )
+
+
+def _context_fn(context_fn: Callable, determinism_check: str, debug: bool) -> Callable:
+    """Choose what makes the contexts, or say which options do not go together."""
     if determinism_check not in ("default", "none"):
         raise ValueError(
             f"determinism_check is 'default' or 'none', not {determinism_check!r}"
         )
-    if _overruled(debug, theirs._checkpoint_debug_enabled):
-        if context_fn is not noop_context_fn:
-            raise ValueError("debug=True is incompatible with a context_fn")
-        context_fn = operator_logs
-    if not torch.is_grad_enabled():
-        return function(*args, **kwargs)
-    segment = Segment(
-        functools.partial(function, **kwargs),
-        args,
-        Surroundings((args, kwargs), preserve_rng_state),
-        context_fn(),
-        stops_early=_overruled(early_stop, theirs._enable_checkpoint_early_stop),
-        compares=determinism_check == "default",
-    )
-    return segment.run(args)
+    if not _overruled(debug, theirs._checkpoint_debug_enabled):
+        return context_fn
+    if context_fn is not noop_context_fn:
+        raise ValueError("debug=True is incompatible with a context_fn")
+    return operator_logs
 
 
 def _overruled(option: bool, setting: bool | None) -> bool:
