@@ -1,33 +1,10 @@
 """The models that the notebooks train, and others to try the workbook on."""
 
-from helpers.models.architectures import (
-    GPT,
-    Encoder,
-    ResNet,
-    UNet,
-    timm_model,
-    transformers_model,
-)
-from helpers.models.mlp import (
-    ACTIVATIONS,
-    MLP,
-    DocsMLP,
-    TanhGELU,
-    unequal_blocks,
-    uniform_mlp,
-)
+from helpers import lazily
 
-__all__ = [
-    "ACTIVATIONS",
-    "MLP",
-    "DocsMLP",
-    "Encoder",
-    "GPT",
-    "ResNet",
-    "TanhGELU",
-    "UNet",
-    "timm_model",
-    "transformers_model",
-    "unequal_blocks",
-    "uniform_mlp",
-]
+_MLP = "ACTIVATIONS MLP DocsMLP TanhGELU unequal_blocks uniform_mlp"
+_OTHERS = "GPT Encoder ResNet UNet timm_model transformers_model"
+_HOMES = dict.fromkeys(_MLP.split(), "mlp")
+_HOMES |= dict.fromkeys(_OTHERS.split(), "architectures")
+__all__ = list(_HOMES)
+__getattr__ = lazily(__name__, _HOMES)

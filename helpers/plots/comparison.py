@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
-from helpers.plots._axes import INK, QUIET, RECORDED, memory_unit
+from helpers.plots._axes import INK, QUIET, RECORDED, memory_unit, note
 from helpers.recording import Comparison
 
 
@@ -32,11 +32,6 @@ def plot_comparison(ax: Axes, comparisons: Sequence[Comparison]) -> None:
     worst = max(comparisons, key=lambda one: abs(one.error))
     place = comparisons.index(worst)
     if worst.error_bytes:
-        ax.annotate(
-            f"{worst.error_bytes:+,} B ({100 * worst.error:+.3f} %)",
-            (measured[place] / size, predicted[place] / size),
-            (8, -8),
-            textcoords="offset points",
-            va="top",
-            color=INK,
-        )
+        text = f"{worst.error_bytes:+,} B ({100 * worst.error:+.3f} %)"
+        at = measured[place] / size, predicted[place] / size
+        note(ax, text, at, (8, -8), va="top")

@@ -9,8 +9,7 @@ from matplotlib.figure import Figure
 from helpers.allocator import H100, Gpu, on_gpu
 from helpers.measure import predict
 from helpers.models import DocsMLP
-from helpers.plots import plot_comparison
-from helpers.plots._axes import RECORDED
+from helpers.plots import RECORDED, plot_comparison
 from helpers.recording import FOLDER, compared, error_table, summed_up
 from helpers.recording.recorded import Group, Step, read
 from tests.recording.made_up import FIXTURE

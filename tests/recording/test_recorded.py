@@ -7,8 +7,14 @@ from matplotlib.figure import Figure
 
 from helpers.checkpointing import Plan
 from helpers.controls._picture import LabPicture
-from helpers.plots import INK, plot_lines, plot_peaks, plot_times, plot_tradeoff
-from helpers.plots._axes import RECORDED
+from helpers.plots import (
+    INK,
+    RECORDED,
+    plot_lines,
+    plot_peaks,
+    plot_times,
+    plot_tradeoff,
+)
 from helpers.recording import NOTHING, Recorded, all_recorded, find_recorded, recordings
 from helpers.recording.recorded import read, write
 from tests.recording.made_up import FIXTURE, PLANS, SETTINGS, tiny
