@@ -95,11 +95,8 @@ def segments_of(
 
 def layer_names(model: nn.Module) -> list[str]:
     """Name the layers that a reader can tick: the children that have parameters."""
-    return [
-        name
-        for name, child in model.named_children()
-        if any(True for _ in child.parameters())
-    ]
+    children = model.named_children()
+    return [n for n, child in children if next(child.parameters(), None) is not None]
 
 
 def follows(model: nn.Module, before: str, after: str) -> bool:
