@@ -110,9 +110,8 @@ def _axes(
     for dim in reversed(range(len(shape))):
         is_summed = dim in dims
         if shape[dim] > 1:
-            axes.append(
-                _Axis(shape[dim], strides[dim], 0 if is_summed else output_stride)
-            )
+            stride = 0 if is_summed else output_stride
+            axes.append(_Axis(shape[dim], strides[dim], stride))
         output_stride *= 1 if is_summed else shape[dim]
     axes.sort(key=lambda axis: (axis.output_stride, axis.stride))
     return axes
@@ -143,16 +142,13 @@ def _of_sum(axes: list[_Axis], item_bytes: int, address: int, gpu: Gpu) -> int:
     longest = extents.index(max(extents))
     axis = axes[longest]
     half = axis.size // 2
-    ends = address, address + half * axis.stride * item_bytes
-    return max(
-        _of_sum(
-            [*axes[:longest], axis._replace(size=size), *axes[longest + 1 :]],
-            item_bytes,
-            start,
-            gpu,
-        )
-        for size, start in zip((half, axis.size - half), ends, strict=True)
-    )
+    middle = address + half * axis.stride * item_bytes
+
+    def part(size: int, start: int) -> int:
+        parts = [*axes[:longest], axis._replace(size=size), *axes[longest + 1 :]]
+        return _of_sum(parts, item_bytes, start, gpu)
+
+    return max(part(half, address), part(axis.size - half, middle))
 
 
 # One kernel -------------------------------------------------------------------------

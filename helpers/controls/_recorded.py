@@ -23,10 +23,10 @@ class RecordedChoice(widgets.Dropdown):
     def __init__(self, changed: Callable[[], None], folder: Path = FOLDER) -> None:
         super().__init__(description="recorded", layout=WIDE | {"display": "none"})
         self.style.description_width = "76px"
-        self._folder, self._changed, self._quiet = folder, changed, False
+        self._folder, self._changed = folder, lambda _: changed()
         self._found: dict[str, dict[Plan, Pair]] = {}
         self._problem = ""
-        self.observe(self._chosen, "value")
+        self.observe(self._changed, "value")
 
     def find(
         self,
@@ -49,10 +49,10 @@ class RecordedChoice(widgets.Dropdown):
                 self._problem = str(error)
         labels = list(self._found)
         kept = self.value if self.value in labels else next(iter(labels), None)
-        self._quiet = True
+        self.unobserve(self._changed, "value")  # this is no reader's choice
         self.options = [(label.removeprefix("NVIDIA "), label) for label in labels]
         self.value = kept
-        self._quiet = False
+        self.observe(self._changed, "value")
         self.layout.display = "" if labels else "none"
 
     @property
@@ -71,7 +71,3 @@ class RecordedChoice(widgets.Dropdown):
         if report.step_ms is None:
             return note
         return f"{note}, {timed_note(report, base)}"
-
-    def _chosen(self, _: dict) -> None:
-        if not self._quiet:
-            self._changed()
