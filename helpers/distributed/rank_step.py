@@ -120,7 +120,8 @@ class _Ranked(Observer):
                 allocation.category = "temporary"
                 tracker.log.append(("alloc", allocation, tracker.phase))
 
-        undo.replace(torch.UntypedStorage, "resize_", resized)
+        undo.callback(setattr, torch.UntypedStorage, "resize_", resize_)
+        torch.UntypedStorage.resize_ = resized
 
 
 class Collectives(TorchDispatchMode):
