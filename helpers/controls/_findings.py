@@ -38,12 +38,8 @@ def describe(plan: Plan) -> str:
     def short(name: str) -> str:
         return name.removeprefix(stem) if numbered else name
 
-    runs = [
-        f"{short(segment[0])}–{short(segment[-1])}"
-        for segment in plan.segments
-        if len(segment) > 1
-    ]
-    alone = [short(segment[0]) for segment in plan.segments if len(segment) == 1]
+    runs = [f"{short(s[0])}–{short(s[-1])}" for s in plan.segments if len(s) > 1]
+    alone = [short(s[0]) for s in plan.segments if len(s) == 1]
     parts = []
     if runs:
         ending = "as one segment" if len(runs) == 1 else "as segments"
@@ -69,9 +65,7 @@ def measured_note(
         base: no checkpointing, measured in the same run.
         predicted, own: the prediction that is shown, and that for ``report``'s device.
     """
-    place = "this CPU"
-    if report.device == "cuda":
-        place = torch.cuda.get_device_name()
+    place = torch.cuda.get_device_name() if report.device == "cuda" else "this CPU"
     word = f"predicted: {format_bytes(own.peak_bytes)}"
     if report.peak_bytes == predicted.peak_bytes:
         word = "as predicted"

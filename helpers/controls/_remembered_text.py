@@ -7,6 +7,7 @@ import functools
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
 MARGIN = 4  # pixels around a text, for glyphs that reach over their box
@@ -34,12 +35,8 @@ def _pixels(
     Returns:
         (height, width, 4) bytes of RGBA, and how far it reaches below its baseline.
     """
-    width, height, descent = (
-        int(np.ceil(length))
-        for length in RendererAgg(1, 1, dpi).get_text_width_height_descent(
-            text, font, False
-        )
-    )
+    size = RendererAgg(1, 1, dpi).get_text_width_height_descent(text, font, False)
+    width, height, descent = np.ceil(size).astype(int).tolist()
     alone = RendererAgg(width + 2 * MARGIN, height + 2 * MARGIN, dpi)
     pen = alone.new_gc()
     pen.set_foreground(rgba, isRGBA=True)
@@ -50,12 +47,10 @@ def _pixels(
 class TextMemoryCanvas(FigureCanvasAgg):
     """A canvas whose renderer remembers its texts."""
 
-    @functools.cached_property
-    def _text_memory(self) -> TextMemoryRenderer:
-        width, height = self.figure.bbox.size
-        return TextMemoryRenderer(width, height, self.figure.dpi)
+    def __init__(self, figure: Figure) -> None:
+        super().__init__(figure)
+        self.renderer = TextMemoryRenderer(*figure.bbox.size, figure.dpi)
 
     def get_renderer(self) -> TextMemoryRenderer:
         """Return the one renderer: the figure keeps its size."""
-        self.renderer = self._text_memory
         return self.renderer

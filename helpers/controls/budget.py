@@ -45,8 +45,7 @@ class BudgetLab(widgets.HBox):
         slider: the place of a plan in ``front``.
         field: any budget, in the unit beside it.
         least: a button that takes the least budget that works.
-        verdict: one sentence with budget, peak and cost; ``budget_finding`` is its
-            text.
+        verdict: one sentence with budget, peak and cost, as in ``budget_finding``.
     """
 
     boxes, joins, history = _of_the_lab("boxes", "joins", "history")

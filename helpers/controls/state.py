@@ -184,9 +184,7 @@ class LabState:
             if report.peak_bytes != predicted.peak_bytes:
                 own = self._predicted(self.shown, report.device)
             return measured_note(report, base, predicted, own)
-        follows = NO_DATA
-        if self.has_data:
-            follows = what_follows(self.tried[self.shown])
+        follows = what_follows(self.tried[self.shown]) if self.has_data else NO_DATA
         return f"predicted for a {self.device.upper()} step; {follows}"
 
     @property
@@ -223,14 +221,9 @@ class LabState:
             if not isinstance(model, nn.Module):
                 model = self.factory(**self.settings)
             batch = self._input(model, self.values.get("batch"), device)
-        reports = yield from measuring_plans(
-            model,
-            batch,
-            [plan, Plan()] if plan.segments else [plan],
-            device=device,
-            repeats=REPEATS,
-            **self.options,
-        )
+        plans = [plan, Plan()] if plan.segments else [plan]
+        how = {"device": device, "repeats": REPEATS, **self.options}
+        reports = yield from measuring_plans(model, batch, plans, **how)
         measured[plan] = (reports[0], reports[-1])
 
 

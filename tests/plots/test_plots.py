@@ -273,8 +273,3 @@ def test_ranks_are_bars_from_the_top_with_their_numbers(ax):
     ax.clear()
     plot_ranks(ax, {"wide": 4.0}, measured=True)
     assert to_hex(ax.patches[0].get_facecolor()) != "#ffffff"
-
-
-def test_the_trade_off_takes_the_rows_of_a_table_once(ax, reports):
-    plot_tradeoff(ax, iter(reports))
-    assert len(ax.lines[0].get_xdata()) == len(reports)
