@@ -15,7 +15,8 @@ import torch
 
 import helpers
 from helpers.checkpointing import Plan
-from helpers.measure import memory_limit, predict
+from helpers.inspection import inspect_model
+from helpers.measure import measure, memory_limit, predict
 from helpers.models import MLP
 from tests.torch_state import changes, put_back, torch_state
 
@@ -39,6 +40,8 @@ CASES = {
     "predict for a CPU": (lambda: predict(MODEL, X, PLAN, device="cpu"), 1),
     "predict AdamW in bf16": (lambda: predict(PLAIN, X, **MIXED), 1),
     "memory_limit": (limited, 1),
+    "inspect_model": (lambda: inspect_model(PLAIN, X), 1),
+    "measure": (lambda: measure(PLAIN, X, PLAN, repeats=0).peak_bytes, 1),
 }
 
 
