@@ -63,7 +63,8 @@ def _to_host(tensor: torch.Tensor) -> _OnHost:
     Source: ``copy_requires_temporaries`` in aten/src/ATen/native/cuda/Copy.cu.
     """
     tensor = tensor.detach()
-    dense = tensor.contiguous() if _has_gaps(tensor) else tensor
+    is_dense = torch.ops.aten.is_non_overlapping_and_dense(tensor)
+    dense = tensor if is_dense else tensor.contiguous()
     data = None
     if dense.device.type == "cpu":
         data = dense.view(_INTEGERS[dense.itemsize]).numpy().copy(order="K")
@@ -83,14 +84,3 @@ def _to_device(packed: object) -> torch.Tensor:
     elif data is not None:
         tensor.view(_INTEGERS[dtype.itemsize]).numpy()[...] = data
     return tensor
-
-
-def _has_gaps(tensor: torch.Tensor) -> bool:
-    """Say whether its numbers do not fill one piece of memory, in whatever order."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return True
-            expected *= size
-    return False
