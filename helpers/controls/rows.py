@@ -4,6 +4,7 @@ A flat model is a tree of depth one. A row's widgets are made when it is first s
 that a model of hundreds of modules opens at once; ``Ticks`` has what is ticked.
 """
 
+import functools
 import html
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,14 +43,9 @@ class Shared:
     """
 
     def __init__(self) -> None:
-        self._layouts: dict[tuple, widgets.Layout] = {}
+        of_its_size = functools.partial(widgets.Layout, flex="0 0 auto")
+        self.layout = functools.cache(of_its_size)
         self._styles: dict[type, widgets.Widget] = {}
-
-    def layout(self, flex: str = "0 0 auto", **values: str) -> widgets.Layout:
-        key = flex, *values.items()
-        if key not in self._layouts:
-            self._layouts[key] = widgets.Layout(flex=flex, **values)
-        return self._layouts[key]
 
     def make(self, kind: type[widgets.Widget], **values: object) -> widgets.Widget:
         """Make a widget in the style of the first one of its kind."""
