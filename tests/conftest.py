@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SLOW = """tests/browser/test_lab.py notebooks/11_many_gpus.ipynb
   tests/distributed/test_distributed.py notebooks/12_get_the_speed_back.ipynb
   tests/browser/test_budget.py notebooks/09_choose_for_a_budget.ipynb
-  tests/planner/test_profile.py tests/test_sweep.py tests/controls/test_controls.py
+  tests/planner/test_profile.py tests/test_sweep.py tests/controls/test_lab.py
   notebooks/04_segments_and_functions.ipynb notebooks/07_out_of_memory.ipynb
   tests/browser/test_tree.py notebooks/08_the_price_in_time.ipynb
   tests/recording/test_recording.py tests/measure/test_measure.py
