@@ -194,7 +194,7 @@ SPOILED = [
     ("files_are_short", {"sweep.py": LONG + "a = 1\n" * 31}),
     ("files_are_short", {"measure/step.py": "a = 1\n" * 250}),
     ("functions_are_short", {"sweep.py": "def f():" + "\n    pass" * 40}),
-    ("the_house_is_small", {f"measure/_{i}.py": LONG for i in range(28)}),
+    ("the_house_is_small", {f"measure/_{i}.py": LONG for i in range(36)}),
     ("the_house_is_small", {f"{i}.md": "" for i in range(17)}),
     ("predict_is_small", {"units.py": "import helpers.plots"}),
     ("predict_is_small", {"units.py": "a = 1\n" * 1_999}),
