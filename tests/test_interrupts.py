@@ -6,6 +6,7 @@ run has no line left at which it did not come.
 
 import gc
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -112,3 +113,7 @@ def test_an_interrupt_leaves_nothing_behind(name, young_heap):
             put_back(before)
     assert not left, "\n".join(left)
     assert run() == expected
+    other = threading.Thread(target=predict, args=(PLAIN, X), daemon=True)
+    other.start()
+    other.join(60)
+    assert not other.is_alive(), "a lock is held, for which other threads wait"

@@ -31,7 +31,8 @@ def shared(undo: Undo, name: str, make: Callable[[], object]) -> None:
     It acts on the whole process, so that it is made by the first of several threads,
     and undoes itself when the last one lets go.
     """
-    with _making:
+    with Undo() as lock:  # not the lock's own block, whose end may be interrupted
+        lock.enter_context(_making)
         held: list[object] = []  # nobody else may hold it, nor an error's traceback
         undo.callback(held.clear)
         held.append(_alive.get(name) or make())
