@@ -72,6 +72,8 @@ class Entered:
 
     def __call__(self, frame, event: str, _) -> None:
         # By module: a dataclass's own methods lie in no file.
+        if frame.f_code.co_name == "__del__":  # which comes when it comes
+            return
         name = frame.f_globals.get("__name__", "")
         if event == "call" and name.partition(".")[0] == "helpers":
             path = Path(sys.modules[name].__file__)
