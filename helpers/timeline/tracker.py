@@ -145,7 +145,7 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if any(map(is_sharded, types)):
+        if types and any(map(is_sharded, types)):
             return NotImplemented  # it is run on the shards, and that comes here
         if self not in counting.get():
             return func(*args, **kwargs)
