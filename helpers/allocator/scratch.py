@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import torch
 
-from helpers.timeline.tracker import no_scratch
+from helpers.checkpointing import Undo
+from helpers.timeline.operators import no_scratch
 from helpers.units import round_to_block
 
 
@@ -51,11 +52,9 @@ def this_gpu() -> Gpu:
 @contextlib.contextmanager
 def on_gpu(gpu: Gpu) -> Iterator[None]:
     """Predict for another GPU inside this block."""
-    token = _chosen.set(gpu)
-    try:
+    with Undo() as undo:
+        undo.callback(_chosen.reset, _chosen.set(gpu))
         yield
-    finally:
-        _chosen.reset(token)
 
 
 def scratch_on(device: str) -> Callable[[torch._ops.OpOverload, tuple], int]:

@@ -2,8 +2,7 @@
 
 import torch
 
-from helpers.controls._findings import plain_step_flops
-from helpers.measure import StepReport, memory_bytes, too_large
+from helpers.measure import StepReport, memory_bytes, plain_step_flops, too_large
 from helpers.units import format_flops
 
 AUTO_FLOPS = 4 * 10**9  # a CPU step of some 100 ms or less: measured unasked

@@ -3,13 +3,8 @@
 import torch
 
 from helpers.checkpointing import Plan
-from helpers.measure import StepReport
+from helpers.measure import StepReport, plain_step_flops
 from helpers.units import format_bytes, format_change, format_ms
-
-
-def plain_step_flops(report: StepReport) -> int:
-    """Count a step that recomputes nothing: backward multiplies twice as forward."""
-    return 3 * report.forward_flops
 
 
 def added_work(report: StepReport, recompute_flops: int) -> str:

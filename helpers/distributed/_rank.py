@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from helpers.measure import StepReport
+from helpers.measure.kept import write_whole
 
 
 def work(device: str) -> None:
@@ -24,9 +25,7 @@ def work(device: str) -> None:
 
     def note(place: str, **found) -> None:
         noted.update(found, place=place, time=time.time())
-        file = Path(f"rank{rank}.json")
-        file.with_suffix(".new").write_text(json.dumps(noted))
-        file.with_suffix(".new").replace(file)
+        write_whole(Path(f"rank{rank}.json"), json.dumps(noted))
 
     try:
         note("at its start")

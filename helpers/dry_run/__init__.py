@@ -59,16 +59,9 @@ class Imagined:
         observers: Iterable[Observer] = (),
     ) -> Timeline:
         """Record what a step on meta tensors allocates and frees on this device."""
-        return record_timeline(
-            step,
-            model,
-            batch=batch,
-            optimizer=optimizer,
-            devices=self.devices,
-            run=self.run,
-            scratch=self.scratch,
-            observers=observers,
-        )
+        how = {"devices": self.devices, "run": self.run, "scratch": self.scratch}
+        how |= {"optimizer": optimizer, "observers": observers}
+        return record_timeline(step, model, batch=batch, **how)
 
 
 @contextlib.contextmanager

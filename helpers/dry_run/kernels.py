@@ -5,10 +5,10 @@ keep different tensors for backward. On meta tensors PyTorch takes neither; here
 takes the ones of the device that a prediction is for.
 """
 
-import contextvars
 import threading
 import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 
 import torch
 from torch.library import Library
@@ -17,9 +17,7 @@ from torch.nn import functional as F
 from helpers.checkpointing import Undo
 
 # The device that is imagined; None outside of every prediction, as in other threads.
-imagined_device: contextvars.ContextVar[str | None] = contextvars.ContextVar(
-    "imagined_device", default=None
-)
+imagined_device: ContextVar[str | None] = ContextVar("imagined_device", default=None)
 _making = threading.RLock()
 _alive: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()
 _aten = torch.ops.aten
@@ -87,13 +85,11 @@ def _attention(
     Source: ``scaled_dot_product_attention`` in native/transformers/attention.cpp.
     """
     arguments = (query, key, value, attn_mask, dropout_p, is_causal)
+    composite = _aten.scaled_dot_product_attention.default
     if imagined_device.get() is None:
-        return _as_ever(
-            _aten.scaled_dot_product_attention.default, *arguments, **options
-        )
+        return _as_ever(composite, *arguments, **options)
     kernel = _fused_kernel(*arguments)
     if kernel is None or options.get("enable_gqa"):
-        composite = _aten.scaled_dot_product_attention.default
         return composite.decompose(*arguments, **options)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         zero, never = (

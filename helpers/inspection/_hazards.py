@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from helpers.checkpointing import Undo
 from helpers.timeline import tensors_in
 
 Storages = weakref.WeakKeyDictionary
@@ -181,13 +182,11 @@ def random_states() -> tuple:
 def random_states_kept() -> Iterator[None]:
     """Put the generators of Python and NumPy back at a block's end."""
     python, numpy = random.getstate(), sys.modules.get("numpy")
-    other = numpy.random.get_state() if numpy else None
-    try:
-        yield
-    finally:
-        random.setstate(python)
+    with Undo() as undo:
+        undo.callback(random.setstate, python)
         if numpy:
-            numpy.random.set_state(other)
+            undo.callback(numpy.random.set_state, numpy.random.get_state())
+        yield
 
 
 def _attributes(module: nn.Module) -> dict[str, object]:

@@ -7,6 +7,7 @@ from helpers import lazily
 
 _HOMES = {
     "StepReport": "report",
+    "plain_step_flops": "report",
     "Loss": "step",
     "Misfit": "step",
     "failing_layer": "step",

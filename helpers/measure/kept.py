@@ -1,6 +1,8 @@
-"""Frozen records to JSON and back: what comes back is checked, field by field."""
+"""Frozen records kept as JSON: written whole, and checked field by field when read."""
 
+import os
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from types import UnionType
 from typing import Literal, get_args, get_origin
 
@@ -61,6 +63,23 @@ def from_json(kind: object, value: object, where: str) -> object:
         places = (f"{where} {place}" for place in range(1, len(value) + 1))
         return tuple(map(from_json, kinds, value, places))
     return value
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place first, so that it is whole there or not at all.
+
+    Raises:
+        OSError: if there is no room for it; what was there before stays.
+    """
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _fields(kinds: dict[str, object], values: object, where: str) -> dict:

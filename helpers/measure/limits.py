@@ -107,11 +107,11 @@ def _cuda_limit(limit_bytes: int) -> Iterator[None]:
             "models and tensors that are still there take, so delete some or raise it"
         )
     before = torch.cuda.get_per_process_memory_fraction()
-    torch.cuda.set_per_process_memory_fraction(min(before, limit_bytes / total_bytes))
-    try:
+    limit = torch.cuda.set_per_process_memory_fraction
+    with Undo() as undo:
+        undo.callback(limit, before)
+        limit(min(before, limit_bytes / total_bytes))
         yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(before)
 
 
 def largest_batch(fits: Callable[[int], bool], at_most: int = 2**24) -> int:

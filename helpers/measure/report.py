@@ -8,6 +8,11 @@ from helpers.timeline import CATEGORIES, Timeline
 from helpers.units import format_bytes, format_flops, format_ms
 
 
+def plain_step_flops(report: "StepReport") -> int:
+    """Count a step that recomputes nothing: backward multiplies twice as forward."""
+    return 3 * report.forward_flops
+
+
 @dataclass(frozen=True)
 class StepReport:
     """Memory, work and time of one training step under one plan."""

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from helpers.checkpointing import Undo
 from helpers.planner.chain import NEVER, Chain, on_cpu
 
 STRIDE = 16  # stages between two places where a part of the gap is spent
@@ -80,12 +81,10 @@ class _Segments:
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Leave other cores alone: rows this short are sorted sooner by one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with Undo() as undo:
+        undo.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
         yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def find_fronts(

@@ -5,18 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 
-from helpers.measure import StepReport
+from helpers.measure import StepReport, plain_step_flops
 from helpers.plots._axes import INK, RECORDED, memory_axis, name_recorded, note
 from helpers.recording import NOTHING, Pair, Recorded
 
 
 def extra_work(report: StepReport) -> float:
-    """Recomputed FLOPs as % of a step without checkpointing.
-
-    Backward multiplies twice for each forward product, so such a step is three
-    forward passes.
-    """
-    return 100 * report.recompute_flops / max(1, 3 * report.forward_flops)
+    """Recomputed FLOPs as % of a step without checkpointing."""
+    return 100 * report.recompute_flops / max(1, plain_step_flops(report))
 
 
 def plot_tradeoff(

@@ -3,7 +3,6 @@
 import functools
 import inspect
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from torch import nn
 
 from helpers.checkpointing import Plan
 from helpers.measure import StepReport, predict
-from helpers.measure.kept import from_json, to_json
+from helpers.measure.kept import from_json, to_json, write_whole
 from helpers.models import MLP, DocsMLP, unequal_blocks, uniform_mlp
 
 FOLDER = Path(__file__).parent
@@ -143,22 +142,14 @@ class Recording:
 
 
 def write(recording: Recording, path: Path) -> None:
-    """Write a recording, a line a report, beside its file first: whole or not at all.
+    """Write a recording, a line a report: whole or not at all.
 
     Raises:
         OSError: if there is no room for it; what was there before stays.
     """
     text = json.dumps(to_json(recording))
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(re.sub(r'(?={"(step|peak_bytes)":)', "\n", text) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, re.sub(r'(?={"(step|peak_bytes)":)', "\n", text) + "\n")
 
 
 def read(path: Path) -> Recording:

@@ -44,6 +44,7 @@ from helpers.units import round_to_block
 counting: ContextVar[tuple] = ContextVar("counting", default=())
 ONES_LIKE = torch.ops.aten.ones_like.default
 LIFT_FRESH = torch.ops.aten.lift_fresh.default
+_MADE = (torch.Tensor, tuple, list)
 
 
 class Tracker(TorchDispatchMode):
@@ -70,7 +71,7 @@ class Tracker(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.run, self.scratch_of, self.observers = run, scratch, tuple(observers)
-        self.model, self.devices = model, devices
+        self.parameters, self.devices = list(model.parameters()), devices
         self.names = {id(module): name for name, module in model.named_modules()}
         self.thread = threading.get_ident()
         self.modules = [""]  # the stack of modules whose forward is running
@@ -83,11 +84,11 @@ class Tracker(TorchDispatchMode):
         self.log: list[tuple[str, Allocation, str]] = []
         self.scratch: list[tuple[int, int]] = []  # length of the log, and bytes then
         self.flops = dict.fromkeys(PHASES, 0)
-        self.expect("parameter", [*model.parameters(), *model.buffers()])
+        self.expect("parameter", [*self.parameters, *model.buffers()])
         self.expect("gradient", self._gradients())
 
     def _gradients(self) -> list[torch.Tensor]:
-        return [p.grad for p in self.model.parameters() if p.grad is not None]
+        return [p.grad for p in self.parameters if p.grad is not None]
 
     def expect(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
         """Count tensors that were there before the step."""
@@ -152,7 +153,8 @@ class Tracker(TorchDispatchMode):
         for observer in self.observers:
             observer.before(func, args, kwargs)
         out = self.run(func, args, kwargs)
-        if func.namespace != "profiler":  # which only marks ranges, for optimizers
+        # The profiler's only mark ranges, for optimizers. Few make none of these.
+        if isinstance(out, _MADE) or func.namespace != "profiler":
             self._note(func, args, kwargs, out)
         return out
 
@@ -223,8 +225,8 @@ class Tracker(TorchDispatchMode):
     def enter_module(self, module: nn.Module, args: tuple) -> None:
         """Note that a module's forward begins."""
         if threading.get_ident() == self.thread:
-            is_outermost = len(self.modules) == 1 and self.phase != "recompute"
-            if is_outermost and self in counting.get():
+            in_forward = torch._C._current_graph_task_id() == -1
+            if len(self.modules) == 1 and in_forward and self in counting.get():
                 for observer in self.observers:
                     observer.entered(module)
             self.modules.append(self.names.get(id(module), self.modules[-1]))

@@ -900,3 +900,24 @@ def test_gradients_under_measurement_are_those_of_the_plan():
             training_step(model, x)()
         found.append([p.grad.clone() for p in model.parameters()])
     assert all(map(torch.equal, found[0], other) for other in found[1:])
+
+
+class Own(dict):
+    """A dict of a class of one's own, as data loaders return."""
+
+
+def test_a_batch_in_a_dict_of_a_class_of_ones_own():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> dict:
+            return Own(scores=self.layer(x))
+
+    model, x, target = Named(), torch.randn(8, 16), torch.randint(4, (8,))
+    plain = {"x": x}, target
+    expected = predict(model, plain, device="cpu").peak_bytes
+    for batch in (plain, (Own(plain[0]), target)):
+        assert predict(model, batch, device="cpu").peak_bytes == expected
+        assert measure(model, batch, repeats=0).peak_bytes == expected
