@@ -2,13 +2,17 @@
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
+import torch
 from torch import nn
 
 from helpers import checkpointing
 from helpers.checkpointing.plan import (
     Plan,
+    PlanFault,
     check_fits,
     listed_segments,
     runs_by_parent,
@@ -73,17 +77,57 @@ def checkpointed(
 
         call = functools.partial(call, context_fn=checked(context_fn, use_reentrant))
     with Undo() as undo:
-        for name, forward in _forwards(model, plan, call, undo).items():
-            undo.replace(model.get_submodule(name), "forward", forward)
+        for name, run in _forwards(model, plan, call, undo).items():
+            forward = Forward(model.get_submodule(name), run)
+            undo.callback(forward.remove)
+            vars(forward.module)["forward"] = forward
         yield model
+
+
+class Forward:
+    """What ``forward`` is in a block: it runs something else, for one module only."""
+
+    def __init__(self, module: nn.Module, run: Callable) -> None:
+        self.module, self.run = module, run
+        self.before = vars(module).get("forward")
+        self.is_over = False
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        if not torch.compiler.is_compiling():
+            # A shallow copy of the module has this too, and nothing else tells it.
+            caller = sys._getframe(1).f_locals.get("self")
+            has_this = getattr(caller, "__dict__", {}).get("forward") is self
+            if has_this and caller is not self.module:
+                raise PlanFault(
+                    "nn.DataParallel's replicas, or other shallow copies of a module, "
+                    "would run the layers of the one that the plan is applied to; use "
+                    "DistributedDataParallel, or copy.deepcopy"
+                )
+        return self.run(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Put back what was before, also where blocks end in another order."""
+        self.is_over, own = True, vars(self.module)
+        while type(last := own.get("forward")) is Forward and last.is_over:
+            if last.before is None:
+                del own["forward"]
+            else:
+                own["forward"] = last.before
+
+    @property
+    def _torchscript_modifier(self) -> NoReturn:  # what torch.jit.script asks for first
+        raise PlanFault(
+            "torch.jit.script cannot compile a model that a plan is applied to; "
+            "script the layers outside of the block"
+        )
 
 
 def _forwards(
     model: nn.Module, plan: Plan, call: Callable, undo: Undo
 ) -> dict[str, Callable]:
-    """Make the forwards that run a plan's segments, by their modules' names."""
+    """Make what runs a plan's segments, by the names of the modules that begin them."""
     forwards = {
-        segment[0]: functools.partial(call, model.get_submodule(segment[0]).forward)
+        segment[0]: functools.partial(call, _run_of(model.get_submodule(segment[0])))
         for segment in plan.segments
         if len(segment) == 1
     }
@@ -97,6 +141,12 @@ def _forwards(
         for segment in listed:
             forwards |= _lists.joined_forwards(model, segment, call)
     return forwards
+
+
+def _run_of(module: nn.Module) -> Callable:
+    """Return a module's forward; of another block's, what it runs."""
+    forward = module.forward
+    return forward.run if type(forward) is Forward else forward
 
 
 def _run_in_pieces(

@@ -4,6 +4,7 @@ A segment is run once without saving what autograd needs inside it; backward run
 again. Only the segment's input stays in memory in between.
 """
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -114,6 +115,11 @@ def listed_after(model: nn.Module, before: str, after: str) -> bool:
     parent, _, place = before.rpartition(".")
     is_list = isinstance(model.get_submodule(parent), nn.ModuleList)
     return is_list and after == f"{parent}.{int(place) + 1}"
+
+
+def literal(name: str) -> str:
+    """Write a name as Python reads it, whatever is in it."""
+    return json.dumps(name)
 
 
 def parent_of(name: str) -> str:
