@@ -37,6 +37,7 @@ _HOMES = {
     "Plan": "checkpointing",
     "checkpointed": "checkpointing",
     "predict": "measure",
+    "verify": "measure",
     "plan_for": "planner",
     "inspect_model": "inspection",
     "LayerLab": "controls",

@@ -6,23 +6,49 @@ the one door to it all, they meet the device's own choice of kernels and of cast
 """
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.optim import optimizer as optimizers
 
+from helpers import lazily
 from helpers.allocator import scratch_on
 from helpers.checkpointing import Undo
-from helpers.dry_run.kernels import choose_kernels, shared
-from helpers.dry_run.meta import SHAPES, meta_batch, meta_model
+from helpers.dry_run.kernels import choose_kernels, follow_autocast, shared
+from helpers.dry_run.meta import (
+    SHAPES,
+    SHAPES_ON_CPU,
+    keep_attributes,
+    meta_batch,
+    meta_copies,
+    meta_model,
+)
 from helpers.timeline import Observer, Timeline, counting, record_timeline
 
-__all__ = ["SHAPES", "Imagined", "as_on", "meta_batch", "meta_model"]
+if TYPE_CHECKING:
+    from helpers.dry_run.copies import Copies
 
+__all__ = [
+    "Copies",
+    "SHAPES",
+    "Imagined",
+    "GivenOptimizer",
+    "as_on",
+    "keep_attributes",
+    "meta_batch",
+    "meta_model",
+    "optimizer_of",
+]
+
+GivenOptimizer = torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | None
+__getattr__ = lazily(__name__, {"Copies": "copies"})
 _fused_devices = optimizers._get_fused_kernels_supported_devices
+_in_use: dict[int, object] = {}  # models of the caller's own, with who uses them
 
 
 @dataclass(frozen=True)
@@ -33,17 +59,43 @@ class Imagined:
     run: Callable  # runs an operator, as run(func, args, kwargs)
     scratch: Callable  # tells what an operator takes besides tensors, in bytes
     devices: frozenset[str]  # whose tensors count
+    undo: Undo  # at the block's end
+
+    @functools.cached_property
+    def copies(self) -> "Copies":
+        """What was copied for this step, and is copied once."""
+        return meta_copies()
+
+    def stand_ins(
+        self, model_or_factory: nn.Module | Callable[[], nn.Module], *others: object
+    ) -> list:
+        """Put a model, its batch, and what else a step is made of, on the meta device.
+
+        A model that is there already is used as it is, and put back; if another thread
+        uses it, a copy is.
+        """
+        model = meta_model(model_or_factory, self.copies)
+        if model is model_or_factory:
+            mine = object()
+            self.undo.callback(_let_go, id(model), mine)
+            if _in_use.setdefault(id(model), mine) is mine:
+                keep_attributes(self.undo, model)
+                same = model, *model.parameters()
+                self.copies.memo.update((id(one), one) for one in same)
+            else:
+                model = self.copies.of(model)
+        return [model, *map(self.copies.of, others)]
 
     def optimizer(
-        self, factory: Callable[..., torch.optim.Optimizer] | None, model: nn.Module
+        self, given: GivenOptimizer, model: nn.Module
     ) -> torch.optim.Optimizer | None:
         """Make a model's optimizer; on CUDA its default is to work on lists of tensors.
 
         Source: ``_default_to_fused_or_foreach`` in torch/optim/optimizer.py.
         """
-        if factory is None:
+        if given is None:
             return None
-        made = factory(model.parameters())
+        made = optimizer_of(model, self.copies.of(given))
         for group in made.param_groups if self.device == "cuda" else ():
             chosen = group.get("foreach") is not None or group.get("fused")
             if "foreach" in group and not chosen and not group.get("differentiable"):
@@ -77,24 +129,51 @@ def as_on(device: str, autocast: torch.dtype | None = None) -> Iterator[Imagined
     Raises:
         ValueError: for another device.
     """
-    kind = torch.device(device).type
+    kind = str(device).partition(":")[0]
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"predict knows 'cpu' and 'cuda', not {kind!r}")
     # What the host keeps, an optimizer's step count say, is no GPU memory.
     devices = frozenset(("meta",) if kind == "cuda" else ("meta", "cpu"))
-    run = SHAPES
     with Undo() as undo:
         undo.callback(counting.reset, counting.set(()))
         undo.enter_context(torch.random.fork_rng(devices=[]))
         undo.enter_context(torch.enable_grad())
         choose_kernels(undo, kind)
+        follow_autocast(undo, kind)
         shared(undo, "fused", _FusedOnMeta)
-        if autocast:
-            from helpers.dry_run.autocast import cast_as_on, without_autocast
+        run = SHAPES_ON_CPU if kind == "cpu" else SHAPES
+        yield Imagined(kind, run, scratch_on(kind), devices, undo)
 
-            cast_as_on(undo, kind)
-            run = without_autocast(SHAPES)
-        yield Imagined(kind, run, scratch_on(kind), devices)
+
+def optimizer_of(
+    model: nn.Module, given: GivenOptimizer
+) -> torch.optim.Optimizer | None:
+    """Make a model's optimizer, or take the one that is given.
+
+    Raises:
+        ValueError: if it is none, or another model's.
+    """
+    if given is None:
+        return None
+    is_made = isinstance(given, torch.optim.Optimizer)
+    made = given if is_made else given(model.parameters())
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ValueError(
+            "optimizer is called with the parameters and makes an optimizer, as "
+            f"torch.optim.AdamW does; it made a {type(made).__name__}"
+        )
+    ours = set(map(id, model.parameters()))
+    if any(id(p) not in ours for group in made.param_groups for p in group["params"]):
+        raise ValueError(
+            "the optimizer has parameters that are not this model's; give one of its "
+            "own, or what makes one, such as torch.optim.AdamW"
+        )
+    return made
+
+
+def _let_go(model: int, user: object) -> None:
+    if _in_use.get(model) is user:
+        del _in_use[model]
 
 
 class _FusedOnMeta:

@@ -4,53 +4,101 @@ They have shapes and lifetimes, but no data. PyTorch's meta kernels are Python a
 times slower than a lookup, so that each combination of shapes is asked for only once.
 """
 
-import copy
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from helpers.dry_run.kernels import on_host
-from helpers.timeline import map_tensors, same_for_same
+from helpers.checkpointing import Undo
+from helpers.dry_run.kernels import AUTOCAST, on_host
+
+if TYPE_CHECKING:
+    from helpers.dry_run.copies import Copies
 
 
-def meta_model(model_or_factory: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+def meta_model(
+    model_or_factory: nn.Module | Callable[[], nn.Module],
+    copies: "Copies | None" = None,
+) -> nn.Module:
     """Copy a model, or make one by a factory, without allocating its parameters.
 
     Shared parameters stay shared, the training mode and hooks are kept, gradients are
     not. A model that is on the meta device already is returned as it is.
+
+    Raises:
+        ValueError: if it is neither, or the factory makes something else.
     """
-    if not isinstance(model_or_factory, nn.Module):
-        with torch.device("meta"):
-            return model_or_factory()
     model = model_or_factory
-    tensors = [*model.parameters(), *model.buffers()]
-    if all(tensor.is_meta for tensor in tensors):
+    if callable(model) and not isinstance(model, nn.Module):
+        with torch.device("meta"):
+            model = model_or_factory()
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            "a model is an nn.Module, or a function that makes one, not "
+            f"a {type(model).__name__}"
+        )
+    if all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
         return model
-    copies = {id(tensor): _meta_parameter(tensor) for tensor in tensors}
-    return copy.deepcopy(model, copies)
-
-
-def _meta_parameter(tensor: torch.Tensor) -> torch.Tensor:
-    empty = meta_batch(tensor.detach())
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(empty, tensor.requires_grad)
-    return empty
+    return (copies or meta_copies()).of(model)
 
 
 def meta_batch(batch: object) -> object:
-    """Copy a batch, a tensor or tuples, lists and dicts of them, to the meta device.
+    """Copy a batch, anything with tensors in it, to the meta device.
 
     A view of a larger tensor takes only its own bytes, as in a copy to a device; a
     tensor that comes twice is copied once.
     """
+    return stand_in(batch) if type(batch) is torch.Tensor else meta_copies().of(batch)
 
-    @same_for_same
-    def on_meta(tensor: torch.Tensor) -> torch.Tensor:
-        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-        return empty.requires_grad_(tensor.requires_grad)
 
-    return map_tensors(on_meta, batch)
+def meta_copies() -> "Copies":
+    """Make copies of anything on the meta device."""
+    from helpers.dry_run.copies import Copies  # which a factory does without
+
+    return Copies(stand_in)
+
+
+def stand_in(tensor: torch.Tensor) -> torch.Tensor:
+    """Make a meta tensor like another one.
+
+    Raises:
+        ValueError: for a sparse one.
+    """
+    if tensor.layout is not torch.strided:
+        raise ValueError(
+            "a sparse tensor takes as many bytes as it has numbers, which a prediction "
+            "does not know; measure it"
+        )
+    empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+    return empty.requires_grad_(tensor.requires_grad)
+
+
+def keep_attributes(undo: Undo, model: nn.Module, *others: dict) -> None:
+    """Put back what modules hold at a block's end: tensors replaced, lists grown.
+
+    Args:
+        others: dicts that are put back as well.
+    """
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    kept = []
+    for own in [*map(vars, model.modules()), *others]:
+        inner = [value for value in own.values() if isinstance(value, dict | list)]
+        kept += [(value, value.copy()) for value in (own, *inner)]
+    for _ in range(2):  # an interrupt may end the first
+        undo.callback(_put_back, kept, gradients)
+
+
+def _put_back(kept: list[tuple], gradients: list[tuple]) -> None:
+    for value, before in kept:
+        if isinstance(value, list):
+            value[:] = before
+        else:
+            value.update(before)
+            for name in value.keys() - before.keys():
+                del value[name]
+    for parameter, gradient in gradients:
+        parameter.grad = gradient
 
 
 _FUSED_STEPS = {
@@ -65,11 +113,14 @@ class RememberedShapes:
     Called as ``run(func, args, kwargs)``. An operator that returns new tensors or its
     own arguments is answered from memory the next time; views always run. A
     fused optimizer's step, which not every one has for meta tensors, makes nothing.
+
+    Args:
+        on_cpu: whether to answer as a CPU's kernels do, where these differ.
     """
 
-    def __init__(self, most: int = 20_000) -> None:
+    def __init__(self, most: int = 20_000, on_cpu: bool = False) -> None:
         self._answers: dict[tuple, object] = {}
-        self._most = most
+        self._most, self._on_cpu = most, on_cpu
 
     def __len__(self) -> int:
         return len(self._answers)
@@ -81,20 +132,46 @@ class RememberedShapes:
         try:
             answer = self._answers.get(key)
         except TypeError:  # an argument that cannot be hashed
-            return func(*args, **kwargs)
-        if answer is None:
-            _check_types(func, args)
-            out = on_host(func, func(*args, **kwargs))
-            if len(self) > self._most:
-                self._answers.clear()
-            described = _describe(out, (*args, *kwargs.values()))
-            if isinstance(described, int) and torch.Tag.inplace_view in func.tags:
-                described = None  # transpose_ and its like change their argument
-            self._answers[key] = _ASK_AGAIN if described is None else described
-            return out
+            return _run(func, args, kwargs)
         if answer is _ASK_AGAIN:
-            return on_host(func, func(*args, **kwargs))
-        return _make(answer, (*args, *kwargs.values()))
+            return on_host(func, _run(func, args, kwargs))
+        if answer is not None:
+            return make(answer, (*args, *kwargs.values()))
+        _check_types(func, args)
+        out, answer = self._first(func, args, kwargs)
+        if len(self) > self._most:
+            self._answers.clear()
+        self._answers[key] = _ASK_AGAIN if answer is None else answer
+        return out
+
+    def _first(self, func: Callable, args: tuple, kwargs: dict) -> tuple:
+        """Run an operator, and describe its output if it can be made again."""
+        values = (*args, *kwargs.values())
+        try:
+            out = on_host(func, _run(func, args, kwargs))
+            answer = describe(out, values)
+            if isinstance(answer, int) and torch.Tag.inplace_view in func.tags:
+                answer = None  # transpose_ and its like change their argument
+        except NotImplementedError:  # there is no meta kernel
+            if not (answer := _ask_cpu(func, args, kwargs)):
+                raise
+            return make(answer, values), answer
+        if self._on_cpu and answer is not None and not is_trusted(func, values):
+            if differs := _ask_cpu(func, args, kwargs, answer):
+                return make(differs, values), differs
+        return out, answer
+
+
+def _run(func: Callable, args: tuple, kwargs: dict) -> object:
+    """Run an operator; what it calls itself is not cast by autocast again."""
+    with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
+        return func(*args, **kwargs)
+
+
+def _ask_cpu(*asked: object) -> object:
+    from helpers.dry_run.real import answer_of_cpu
+
+    return answer_of_cpu(*asked)
 
 
 _ASK_AGAIN = object()
@@ -102,6 +179,23 @@ _PRODUCTS = {
     getattr(torch.ops.aten, name)
     for name in ("mm", "addmm", "bmm", "baddbmm", "convolution")
 }
+_PLAIN = {
+    getattr(torch.ops.aten, name)
+    for name in ("empty", "empty_like", "ones_like", "zeros_like", "clone", "_to_copy")
+}
+_DENSE = _PRODUCTS - {torch.ops.aten.convolution}
+
+
+def is_trusted(func: Callable, values: tuple) -> bool:
+    """Say whether meta kernels are known to answer as a CPU's: products, and what works
+    element by element or makes new tensors, where nothing is strided.
+    """
+    if func.overloadpacket in _DENSE:
+        return True
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        return False
+    return not tensors or torch.Tag.pointwise in func.tags or func.overloadpacket in _PLAIN
 
 
 def _check_types(func: torch._ops.OpOverload, args: tuple) -> None:
@@ -123,12 +217,14 @@ def _signature(value: object) -> object:
     return type(value), value
 
 
-def _describe(out: object, args: tuple) -> object:
+def describe(out: object, args: tuple, device: str = "meta") -> object:
     """Describe an operator's output so that it can be made again; None if it cannot."""
+    if out is None:
+        return ()
     if isinstance(out, tuple | list):
-        parts = [_describe(item, args) for item in out]
+        parts = [describe(item, args, device) for item in out]
         return None if None in parts else (type(out), parts)
-    if not isinstance(out, torch.Tensor) or not out.is_meta:
+    if not isinstance(out, torch.Tensor) or out.device.type != device:
         return None
     for place, arg in enumerate(args):
         if arg is out:
@@ -137,20 +233,28 @@ def _describe(out: object, args: tuple) -> object:
     inputs = {
         arg.untyped_storage()._cdata for arg in args if isinstance(arg, torch.Tensor)
     }
-    is_new = storage._cdata not in inputs and out.storage_offset() == 0
-    if is_new and storage.nbytes() == out.numel() * out.element_size():
-        return out.shape, out.stride(), out.dtype
-    return None
+    if storage._cdata in inputs or out.storage_offset():
+        return None
+    return out.shape, out.stride(), out.dtype, storage.nbytes()
 
 
-def _make(answer: object, args: tuple) -> object:
+def make(answer: object, args: tuple) -> object:
+    """Make an output that was described, on the meta device."""
     if isinstance(answer, int):
         return args[answer]
+    if not answer:
+        return None
     if isinstance(answer[0], type):
         kind, parts = answer
-        return kind(_make(part, args) for part in parts)
-    shape, stride, dtype = answer
-    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        return kind(make(part, args) for part in parts)
+    shape, stride, dtype, n_bytes = answer
+    out = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    if out.untyped_storage().nbytes() == n_bytes:
+        return out
+    whole = torch.empty(n_bytes // dtype.itemsize, dtype=dtype, device="meta")
+    return whole.as_strided(shape, stride)
 
 
-SHAPES = RememberedShapes()  # one memory for all who run operators on meta tensors
+# One memory for all who run operators on meta tensors, and one for those who do as on
+# a CPU.
+SHAPES, SHAPES_ON_CPU = RememberedShapes(), RememberedShapes(on_cpu=True)

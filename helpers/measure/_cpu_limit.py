@@ -200,9 +200,9 @@ def _new_bytes(func: Callable, args: tuple, kwargs: dict) -> int:
             value = type(value)(map(on_meta, value))
         return torch.device("meta") if isinstance(value, torch.device) else value
 
-    args = on_meta(args)
-    kwargs = {name: on_meta(value) for name, value in kwargs.items()}
     try:
+        args = on_meta(args)
+        kwargs = {name: on_meta(value) for name, value in kwargs.items()}
         made = list(tensors_in(SHAPES(func, args, kwargs)))
     except Exception:  # if anything is wrong, the operator itself will say so
         return 0

@@ -1,28 +1,35 @@
 """The device that a step runs on: what it has, what it refuses, what it counts."""
 
 import contextlib
-import copy
 import gc
 import os
+import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from helpers.checkpointing import Undo
+from helpers.dry_run import Copies, keep_attributes
 from helpers.measure._cpu_limit import limit_in_force, uncounted, way_out
-from helpers.timeline import map_tensors, same_for_same, tensors_in
+from helpers.timeline import tensors_in
 from helpers.units import format_bytes, round_to_block
 
 
 def usable_device(model: nn.Module, device: str | None) -> str:
     """Resolve the device to run on, or say what is missing."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"measure runs an nn.Module, and this is a {type(model).__name__}; call "
+            "what makes a model first"
+        )
     if device is None:
         first = next(model.parameters(), torch.empty(0))
         device = first.device
-    device = torch.device(device).type
+    device = str(device).partition(":")[0]
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "CUDA was asked for, but this PyTorch sees no CUDA device; measure on "
@@ -34,46 +41,73 @@ def usable_device(model: nn.Module, device: str | None) -> str:
 
 
 @uncounted()
-def placed(model: nn.Module, batch: object, device: str) -> tuple[nn.Module, object]:
-    """Move the batch, and a copy of the model if it lives elsewhere, to the device.
+def placed(model: nn.Module, device: str, batch: object, *others: object) -> list:
+    """Move the batch, and copies of all else if the model lives elsewhere, to a device.
 
     The batch's data is shared where it is there already, unless it is a view of a
     larger tensor: then that tensor would count. Its gradient is not.
+
+    Args:
+        others: what else the step is made of: a loss, an optimizer, a step.
     """
 
-    @same_for_same
     def moved(tensor: torch.Tensor) -> torch.Tensor:
         data = tensor.detach().to(device)
-        if data.untyped_storage().nbytes() != data.numel() * data.itemsize:
+        dense = data.layout is torch.strided
+        if dense and data.untyped_storage().nbytes() != data.numel() * data.itemsize:
             data = data.clone()
         return data.requires_grad_(tensor.requires_grad)
 
-    batch = map_tensors(moved, batch)
-    if all(parameter.device.type == device for parameter in model.parameters()):
-        return model, batch
-    return copy.deepcopy(model).to(device), batch
+    copies = Copies(moved)
+    parts = [model, batch, *others]
+    if any(parameter.device.type != device for parameter in model.parameters()):
+        return [copies.of(part) for part in parts]
+    return [model, copies.of(batch), *others]
 
 
 @contextlib.contextmanager
-def left_as_found(model: nn.Module, trains: bool) -> Iterator[None]:
-    """Put back what training steps change: parameters, buffers, gradients.
+def left_as_found(
+    model: nn.Module, trains: bool, optimizer: torch.optim.Optimizer | None = None
+) -> Iterator[None]:
+    """Put back what training steps change: parameters, buffers, gradients, attributes.
 
     The copies lie in host memory, and count neither on a GPU nor under a limit.
+
+    Args:
+        trains: whether parameters change, too.
+        optimizer: whose state is put back as well, if it is one of the caller's own.
     """
-    changing = [*model.buffers(), *(model.parameters() if trains else ())]
-    with uncounted():
-        saved = [tensor.detach().to("cpu", copy=True) for tensor in changing]
-    gradients = [parameter.grad for parameter in model.parameters()]
-    for parameter in model.parameters():
-        parameter.grad = None
-    try:
+    held = [vars(module) for module in model.modules()]
+    state = []
+    if optimizer:
+        state = [optimizer.state, *optimizer.state.values(), *optimizer.param_groups]
+    trained = set() if trains else set(map(id, model.parameters()))
+    changing = [t for t in tensors_in([held, state]) if id(t) not in trained]
+    with Undo() as undo:
+        saved = _saved(changing)
+        for _ in range(2):  # an interrupt may end the first
+            undo.callback(_put_back, saved)
+        keep_attributes(undo, model, *state)
+        for parameter in model.parameters():
+            parameter.grad = None
         yield
-    finally:
-        with uncounted(), torch.no_grad():
-            for tensor, value in zip(changing, saved, strict=True):
-                tensor.copy_(value)
-        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-            parameter.grad = gradient
+
+
+@uncounted()
+def _saved(tensors: Iterable[torch.Tensor]) -> list[tuple]:
+    """Copy all storages of some tensors to the host; sparse ones are left out."""
+    found = {}
+    for tensor in tensors:
+        if tensor.layout is torch.strided and not tensor.is_meta:
+            storage = tensor.untyped_storage()
+            found[storage._cdata] = storage
+    return [(one, one.cpu() if one.is_cuda else one.clone()) for one in found.values()]
+
+
+@uncounted()
+def _put_back(saved: list[tuple]) -> None:
+    for storage, value in saved:
+        storage.copy_(value)
 
 
 def allocator_bytes(
@@ -135,12 +169,19 @@ def time_step_ms(step: Callable[[], object], device: str) -> float:
     return (time.perf_counter() - started) * 1000
 
 
-def random_numbers_kept() -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def random_numbers_kept() -> Iterator[None]:
     """Put the random states of the CPU and of every GPU back at a block's end.
 
-    PyTorch warns of several GPUs where they are not named.
+    Those of Python and NumPy, too. PyTorch warns of GPUs that are not named.
     """
-    return torch.random.fork_rng(range(torch.cuda.device_count()))
+    python, numpy = random.getstate(), sys.modules.get("numpy")
+    with Undo() as undo:
+        undo.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
+        undo.callback(random.setstate, python)
+        if numpy:
+            undo.callback(numpy.random.set_state, numpy.random.get_state())
+        yield
 
 
 def memory_bytes(device: str) -> int:

@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from helpers.checkpointing import Undo
 from helpers.measure._cpu_limit import CpuLimit, living_optimizers
 from helpers.measure.device import free_memory, usable_device
-from helpers.measure.step import is_out_of_memory
+from helpers.measure.faults import is_out_of_memory
 from helpers.timeline import counting
 from helpers.units import format_bytes
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from helpers.checkpointing import Plan, checkpointed
+from helpers.dry_run import GivenOptimizer, optimizer_of
 from helpers.measure._cpu_limit import counted_anew, uncounted
 from helpers.measure.device import (
     allocator_bytes,
@@ -28,13 +29,10 @@ from helpers.measure.device import (
     too_large,
     usable_device,
 )
-from helpers.measure.predicted import OptimizerFactory, predict, report_of
+from helpers.measure.faults import is_out_of_memory
+from helpers.measure.predicted import predict, report_of
 from helpers.measure.report import StepReport
-from helpers.measure.step import (
-    Loss,
-    is_out_of_memory,
-    training_step,
-)
+from helpers.measure.step import Loss, Step, training_step
 from helpers.timeline import record_timeline
 
 
@@ -43,13 +41,20 @@ class Setting:
     """How steps are run and measured: see ``measure``, whose options these are."""
 
     loss: Loss | None = None
-    optimizer: OptimizerFactory | None = None
+    optimizer: GivenOptimizer = None
     autocast: torch.dtype | None = None
+    step: Step | None = None
     device: str | None = None
     repeats: int = 10
     warmup: int = 2
     shuffle: random.Random | None = None  # puts each round's plans in another order
     checkpoint: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("repeats", "warmup"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} is a whole number from 0 up, not {value!r}")
 
     @classmethod
     def of(cls, **options: object) -> "Setting":
@@ -62,9 +67,30 @@ class Setting:
         self, model: nn.Module, batch: object, plan: Plan, device: str
     ) -> StepReport:
         """Predict the step that is to be measured."""
-        step = {"loss": self.loss, "optimizer": self.optimizer}
-        step |= {"autocast": self.autocast, **self.checkpoint}
-        return predict(model, batch, plan, device=device, **step)
+        names = "loss", "optimizer", "autocast", "step"
+        same = {name: getattr(self, name) for name in names} | self.checkpoint
+        return predict(model, batch, plan, device=device, **same)
+
+    @contextlib.contextmanager
+    def placed(
+        self, model: nn.Module, batch: object, device: str
+    ) -> Iterator[tuple[nn.Module, object, "Setting"]]:
+        """Put all that a step is made of on a device, and then as it was."""
+        parts = {name: getattr(self, name) for name in ("loss", "optimizer", "step")}
+        model, batch, *moved = placed(model, device, batch, *parts.values())
+        there = dataclasses.replace(self, **dict(zip(parts, moved, strict=True)))
+        trains = there.optimizer is not None or there.step is not None
+        made = there.optimizer
+        own = made if isinstance(made, torch.optim.Optimizer) else None
+        with left_as_found(model, trains or _updates_itself(model), own):
+            yield model, batch, there
+
+
+def _updates_itself(model: nn.Module) -> bool:
+    """Say whether a hook of some parameter may run an optimizer in backward."""
+    return any(
+        parameter._post_accumulate_grad_hooks for parameter in model.parameters()
+    )
 
 
 def measure(
@@ -73,8 +99,9 @@ def measure(
     plan: Plan = Plan(),
     *,
     loss: Loss | None = None,
-    optimizer: OptimizerFactory | None = None,
+    optimizer: GivenOptimizer = None,
     autocast: torch.dtype | None = None,
+    step: Step | None = None,
     device: str | None = None,
     repeats: int = 10,
     warmup: int = 2,
@@ -89,9 +116,9 @@ def measure(
     True
 
     Args:
-        model, batch, plan, loss, optimizer, autocast: as in ``predict``. The model is
-            trained for some steps and then put back: parameters, buffers, gradients,
-            mode.
+        model, batch, plan, loss, optimizer, autocast, step: as in ``predict``. The
+            model is trained for some steps and then put back: parameters, buffers,
+            gradients, attributes; an optimizer of its own, too.
         device: where to run; default: where the model is. Elsewhere a copy is run.
         repeats: timed steps, of which the median and quartiles are reported.
         warmup: steps before anything is measured; at least one is run.
@@ -102,9 +129,9 @@ def measure(
         torch.OutOfMemoryError: if the step does not fit into the device's memory;
             says how much it needs. The memory is free again.
     """
-    step = {"loss": loss, "optimizer": optimizer, "autocast": autocast}
-    run = {"device": device, "repeats": repeats, "warmup": warmup}
-    (report,) = measure_plans(model, batch, [plan], **step, **run, **checkpoint_options)
+    how = {"loss": loss, "optimizer": optimizer, "autocast": autocast, "step": step}
+    how |= {"device": device, "repeats": repeats, "warmup": warmup}
+    (report,) = measure_plans(model, batch, [plan], **how, **checkpoint_options)
     return report
 
 
@@ -168,9 +195,8 @@ def _steps(
     setting: Setting,
 ) -> Generator[None, None, list[StepReport]]:
     """Run the steps, and put the model back."""
-    model, batch = placed(model, batch, device)
-    with left_as_found(model, trains=setting.optimizer is not None):
-        run, reports = _Run(model, batch, device, setting), []
+    with setting.placed(model, batch, device) as (model, batch, setting):
+        run, reports = Run(model, batch, device, setting), []
         for plan in plans:
             reports.append((yield from run.bytes_of(plan)))
         times = yield from run.times_of(plans)
@@ -180,7 +206,7 @@ def _steps(
     ]
 
 
-class _Run:
+class Run:
     """The steps of a measurement, one for each ``next`` of its generators."""
 
     def __init__(
@@ -188,9 +214,9 @@ class _Run:
     ) -> None:
         self.model, self.batch, self.device = model, batch, device
         self.setting, loss = setting, setting.loss
-        made = setting.optimizer
-        self.optimizer = made = made(model.parameters()) if made else None
-        self.step = training_step(model, batch, loss, made, setting.autocast)
+        self.optimizer = made = optimizer_of(model, setting.optimizer)
+        how = loss, made, setting.autocast, setting.step
+        self.step = training_step(model, batch, *how)
 
     @contextlib.contextmanager
     def applied(self, plan: Plan) -> Iterator[None]:
@@ -239,14 +265,12 @@ def _needed_bytes(
 ) -> tuple[int, int]:
     """Predict the peak, and the part of it that no batch and no plan can change.
 
-    0 for a step that looks at values, which meta tensors lack.
+    0 for a step that cannot be predicted; if it cannot be run either, that will say so.
     """
     try:
         report = setting.predicted(model, batch, plan, device)
-    except (RuntimeError, ValueError) as error:
-        if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
-            return 0, 0
-        raise
+    except Exception:
+        return 0, 0
     return report.allocator_peak_bytes, report.timeline.fixed_bytes
 
 

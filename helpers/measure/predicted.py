@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from helpers.checkpointing import Plan, checkpointed
-from helpers.dry_run import as_on, meta_batch, meta_model
+from helpers.dry_run import GivenOptimizer, as_on
 from helpers.measure.report import StepReport
-from helpers.measure.step import Loss, training_step
+from helpers.measure.step import Loss, Step, training_step
 from helpers.timeline import Timeline
 
-OptimizerFactory = Callable[..., torch.optim.Optimizer]
+OptimizerFactory = GivenOptimizer
 
 
 def predict(
@@ -24,8 +24,9 @@ def predict(
     plan: Plan = Plan(),
     *,
     loss: Loss | None = None,
-    optimizer: OptimizerFactory | None = None,
+    optimizer: GivenOptimizer = None,
     autocast: torch.dtype | None = None,
+    step: Step | None = None,
     device: str = "cuda",
     **checkpoint_options,
 ) -> StepReport:
@@ -39,10 +40,13 @@ def predict(
     Args:
         model_or_factory: a model on any device, left as it is, or what makes one.
         batch: ``x`` or ``(x, target)`` on any device; ``x`` may be a dict of keywords.
+            With a ``step``, anything that it takes apart.
         loss: called with the output, and the target where there is one; default:
             cross-entropy with a target, ``output.sum()`` without.
-        optimizer: called with the parameters, e.g. ``torch.optim.AdamW``.
+        optimizer: called with the parameters, e.g. ``torch.optim.AdamW``; or one of the
+            model's own.
         autocast: the lower precision in which autocast runs forward and loss, if any.
+        step: a training step of your own, called with model, batch and optimizer.
         device: "cpu" or "cuda", whose kernels and defaults are assumed.
         checkpoint_options: see ``checkpointed``.
 
@@ -50,18 +54,27 @@ def predict(
         ValueError: if the plan, the batch or the device does not fit.
     """
     with as_on(device, autocast) as imagined:
-        model, batch = meta_model(model_or_factory), meta_batch(batch)
+        given = model_or_factory, batch, loss, step
+        model, batch, loss, step = imagined.stand_ins(*given)
         made = imagined.optimizer(optimizer, model)
-        step = training_step(model, batch, loss, made, autocast)
+        run = training_step(model, batch, loss, made, autocast, step)
         with checkpointed(model, plan, **checkpoint_options):
-            for _ in range(2 if made else 1):  # the first makes the optimizer's state
-                timeline = imagined.record(step, model, batch, made)
+            for _ in range(2 if made or step else 1):  # the first makes what stays
+                timeline = imagined.record(run, model, batch, made)
         model.zero_grad(set_to_none=True)
     return report_of(timeline, plan, imagined.device, "predicted")
 
 
 def report_of(timeline: Timeline, plan: Plan, device: str, source: str) -> StepReport:
-    """Read a report off a timeline; it has no time in it."""
+    """Read a report off a timeline; it has no time in it.
+
+    Raises:
+        ValueError: if there is no backward in it.
+    """
+    if timeline.forward_end == len(timeline.events):
+        from helpers.measure.faults import NO_BACKWARD, Misfit
+
+        raise Misfit(NO_BACKWARD)
     return StepReport(
         peak_bytes=timeline.peak_bytes,
         after_forward_bytes=timeline.after_forward_bytes,

@@ -39,7 +39,7 @@ def in_milliseconds(
 ) -> Chain:
     """Make milliseconds, measured on a device, the costs of a chain's stages."""
     device = usable_device(model, device)
-    model, batch = placed(model, batch, device)
+    model, batch, loss = placed(model, device, batch, loss)
     step = training_step(model, batch, loss, autocast=autocast)
     with left_as_found(model, trains=False), random_numbers_kept(), torch.enable_grad():
         medians_ms = _medians_ms(chain, model, step, device)

@@ -90,12 +90,27 @@ def categorise(log: Iterable[tuple[str, Allocation, str]]) -> None:
 
 
 def tensors_in(value: object) -> Iterator[torch.Tensor]:
-    """Yield the tensors in a value, nested in tuples, lists or dicts."""
+    """Yield the tensors in a value, nested in tuples, lists or dicts.
+
+    Of a sparse one those that hold its numbers.
+    """
     for leaf in (value,) if isinstance(value, torch.Tensor) else tree_leaves(value):
         if isinstance(leaf, torch.Tensor):
-            yield leaf
+            yield from dense_parts(leaf)
         elif (plain := _plain(leaf)) is not leaf:
             yield from tensors_in(plain)
+
+
+def dense_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """List the tensors that hold a sparse one's numbers; a dense one is its own."""
+    if tensor.layout is torch.strided:
+        return (tensor,)
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    by_row = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+    names = ("crow", "col") if by_row else ("ccol", "row")
+    places = [getattr(tensor, f"{name}_indices")() for name in names]
+    return (*places, tensor.values())
 
 
 def map_tensors(change: Callable, value: object) -> object:

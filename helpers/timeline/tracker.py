@@ -92,7 +92,7 @@ class Tracker(TorchDispatchMode):
 
     def expect(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
         """Count tensors that were there before the step."""
-        for tensor in map(local, tensors):
+        for tensor in tensors_in([*map(local, tensors)]):
             storage = tensor.untyped_storage()
             if self._counts(tensor, storage):
                 made = self.follow(storage, tuple(tensor.shape), "before", "", "")
@@ -173,7 +173,8 @@ class Tracker(TorchDispatchMode):
         for observer in self.observers:
             observer.after(func, args, kwargs, out)
         self.flops[phase] += flops_of(func, args, kwargs, out)
-        for tensor in (out,) if isinstance(out, torch.Tensor) else tensors_in(out):
+        dense = isinstance(out, torch.Tensor) and out.layout is torch.strided
+        for tensor in (out,) if dense else tensors_in(out):
             storage = tensor.untyped_storage()
             if self._counts(tensor, storage):
                 made_by = phase, func.overloadpacket.__name__, self.module
@@ -188,7 +189,9 @@ class Tracker(TorchDispatchMode):
         category = kinds.get(phase, "input")
         for arg in args:
             if isinstance(arg, torch.Tensor):
-                if arg.untyped_storage()._cdata not in self.alive and arg.dim():
+                if arg.layout is not torch.strided:
+                    self.expect(category, (arg,))
+                elif arg.untyped_storage()._cdata not in self.alive and arg.dim():
                     self.expect(category, (arg,))  # a number in disguise has no dim
             elif isinstance(arg, tuple | list):
                 self.notice(arg, phase)
@@ -217,7 +220,7 @@ class Tracker(TorchDispatchMode):
             self._label("gradient", self._gradients())
 
     def _label(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
-        for tensor in map(local, tensors):
+        for tensor in tensors_in([*map(local, tensors)]):
             allocation = self.alive.get(tensor.untyped_storage()._cdata)
             if allocation is not None:
                 allocation.category = category

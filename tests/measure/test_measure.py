@@ -650,8 +650,8 @@ def test_steps_are_timed_unwatched(monkeypatch):
         (lambda: torch.randn(4, 16, 3), "at layer 'layer1.0'"),
         (lambda: (torch.randn(4, 16), torch.randint(4, (5,))), "target (5,)"),
         (lambda: (torch.randn(4, 16), torch.randint(4, (5,))), "at the loss"),
-        (lambda: (torch.randn(4, 16),) * 3, "a tensor x or a pair (x, target)"),
-        (lambda: (torch.randn(4, 16),), "a tensor x or a pair (x, target)"),
+        (lambda: (torch.randn(4, 16),) * 3, "or a pair (x, target) or (dict, target), not ("),
+        (lambda: (torch.randn(4, 16),), "or a pair (x, target) or (dict, target), not ("),
     ],
 )
 def test_a_batch_that_does_not_fit_says_where(run, batch, words):
@@ -768,7 +768,8 @@ def test_a_step_that_looks_at_values_is_measured_but_not_predicted():
         predict(model, x)
 
 
-def test_other_errors_are_not_taken_for_a_bad_batch():
+@pytest.mark.parametrize("run", [predict, measure])
+def test_other_errors_say_their_kind(run):
     class Unfinished(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -777,10 +778,8 @@ def test_other_errors_are_not_taken_for_a_bad_batch():
         def forward(self, x):
             raise NotImplementedError("some day")
 
-    with pytest.raises(NotImplementedError, match="some day"):
-        predict(Unfinished(), torch.randn(4, 16))
-    with pytest.raises(NotImplementedError, match="some day"):
-        measure(Unfinished(), torch.randn(4, 16))
+    with pytest.raises(ValueError, match="its own forward.*some day"):
+        run(Unfinished(), torch.randn(4, 16))
 
 
 # The step

@@ -24,7 +24,7 @@ def with_a_wrapper_inside(model: nn.Module) -> None:
     model.layer1.forward = lambda x: 2 * forward(x)
 
 
-@pytest.mark.parametrize("run", [predict, measure, profile])
+@pytest.mark.parametrize("run", [predict, profile])
 @pytest.mark.parametrize("change", [with_a_lambda, with_a_wrapper_inside])
 def test_a_function_that_refers_to_the_model_is_named(run, change):
     model = MLP([16, 16, 4])
@@ -34,6 +34,13 @@ def test_a_function_that_refers_to_the_model_is_named(run, change):
         run(model, X)
     assert forwards == [vars(module).get("forward") for module in model.modules()]
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("change", [with_a_lambda, with_a_wrapper_inside])
+def test_and_is_measured(change):
+    model = MLP([16, 16, 4])
+    change(model)
+    assert measure(model, X, repeats=0).peak_bytes
 
 
 def test_it_is_named_inside_a_segment_too():
