@@ -148,7 +148,7 @@ class LabState:
     def _predicted(self, plan: Plan, device: str) -> StepReport:
         try:
             return predict(self.model, self.batch, plan, device=device, **self.options)
-        except RuntimeError:
+        except (RuntimeError, ValueError):
             for hazard in self.ticks.inspection.hazards_of(plan):
                 if hazard.kind == "in place":
                     raise ValueError(str(hazard)) from None
