@@ -5,7 +5,7 @@ from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
 
 from helpers import lazily
-from helpers.checkpointing.apply import Undo, checkpointed
+from helpers.checkpointing.apply import Undo, checkpointed, refuse_opaque
 from helpers.checkpointing.plan import (
     Plan,
     PlanFault,
@@ -28,6 +28,7 @@ __all__ = [
     "layer_names",
     "listed_after",
     "marks",
+    "refuse_opaque",
     "segments_of",
 ]
 __getattr__ = lazily(__name__, {"marks": "_lists"})

@@ -5,6 +5,11 @@ from torch import nn
 from helpers.checkpointing import _lists
 from helpers.checkpointing.plan import Plan, listed_segments, runs_by_parent
 
+REPLICAS = """
+model._replicate_for_data_parallel = partial(
+    torch._assert, False, "use DistributedDataParallel, not nn.DataParallel"
+)""".splitlines()  # its copies of a module would run the layers of this one
+
 
 def snippet(model: nn.Module, plan: Plan) -> str:
     """Write it for a plan that fits the model."""
@@ -14,9 +19,9 @@ def snippet(model: nn.Module, plan: Plan) -> str:
     listed = listed_segments(model, plan)
     chains = runs_by_parent(model, plan)
     plain = all(_is_plain(model.get_submodule(name)) for name in chains)
-    lines = ["from functools import partial"] * bool(alone or listed)
+    lines = ["from functools import partial"]
     lines += ["from types import MethodType"] * bool(chains)
-    lines += [""] + ["from torch import nn"] * (not plain)
+    lines += ["", "import torch"] + ["from torch import nn"] * (not plain)
     lines += ["from torch.utils.checkpoint import checkpoint"]
     if alone:
         lines += [
@@ -31,7 +36,7 @@ def snippet(model: nn.Module, plan: Plan) -> str:
         lines += _parent_code(model, parent, runs)
     if listed:
         lines += _lists.code(listed)
-    return "\n".join(lines)
+    return "\n".join([*lines, *REPLICAS])
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -16,10 +16,12 @@ from torch._functorch.eager_transforms import grad_increment_nesting
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from helpers.checkpointing.plan import PlanFault, literal
+from helpers.checkpointing.plan import PlanFault
 
 CODE = """
 
+# Right where the model feeds each layer what the one before returns, and uses that
+# for nothing else.
 def in_turn(forwards, x, *args, **kwargs):
     for forward in forwards:
         x = forward(x, *args, **kwargs)
@@ -40,9 +42,14 @@ for names in {}:
 
 def code(segments: Sequence[Sequence[str]]) -> list[str]:
     """Write the lines that join neighbours, after the imports that they need."""
-    names = [", ".join(map(literal, segment)) for segment in segments]
+    names = [", ".join(map(_literal, segment)) for segment in segments]
     rows = "\n".join(f"    [{row}]," for row in names)
     return CODE.format(f"[\n{rows}\n]").splitlines()
+
+
+def _literal(name: str) -> str:
+    """Write a name so that Python reads it, whatever is in it."""
+    return f'"{name}"' if repr(name) == f"'{name}'" else repr(name)
 
 
 def joined_forwards(
@@ -237,17 +244,6 @@ def _refuse(name: str, *args: object, **kwargs: object) -> NoReturn:
         f"the model uses what {name!r} returns for more than the next layer, so they "
         "cannot share a segment; checkpoint each alone"
     )
-
-
-def refuse_handed_on(model: object, args: tuple, output: object) -> None:
-    """Refuse, as a model's forward hook, an output that has a joined layer's in it.
-
-    Raises:
-        PlanFault: names the layer.
-    """
-    for item in tree_leaves(output):
-        if isinstance(item, torch.Tensor) and (refuse := vars(item).get("backward")):
-            refuse()
 
 
 def marks(args: tuple, kwargs: dict) -> list:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import NoReturn
 
 import torch
@@ -66,6 +67,12 @@ def checkpointed(
             ``context_fn`` that is none, or from the model where it fails.
     """
     check_fits(model, plan)
+    options = [use_reentrant, preserve_rng_state, early_stop]
+    if not all(isinstance(option, bool) for option in options):
+        raise PlanFault(
+            "use_reentrant, preserve_rng_state and early_stop are True or False, not "
+            + ", ".join(map(repr, options))
+        )
     call = functools.partial(
         checkpointing.checkpoint,  # looked up here: another may be put in its place
         use_reentrant=use_reentrant,
@@ -77,11 +84,41 @@ def checkpointed(
 
         call = functools.partial(call, context_fn=checked(context_fn, use_reentrant))
     with Undo() as undo:
-        for name, run in _forwards(model, plan, call, undo).items():
+        for name, run in _forwards(model, plan, call).items():
             forward = Forward(model.get_submodule(name), run)
             undo.callback(forward.remove)
             vars(forward.module)["forward"] = forward
         yield model
+
+
+def refuse_opaque(model: nn.Module, has_data: bool = False) -> None:
+    """Refuse a model with a part that no step here can look into.
+
+    Args:
+        has_data: whether it runs as it is; else it is copied, without data.
+
+    Raises:
+        PlanFault: names the part, and says what to give instead.
+    """
+    for name, module in model.named_modules():
+        kind = type(module).__module__
+        if "_orig_mod" in module._modules or module._compiled_call_impl:
+            why = "is compiled, and would run uncompiled while it is watched: give the "
+            why += "model that torch.compile was given, or use helpers.compiled"
+        elif has_data:
+            continue
+        elif isinstance(module, torch.jit.ScriptModule):
+            why = "is compiled by TorchScript, which runs nothing without data: give "
+            why += "the model that was scripted or traced"
+        elif "quantized" in kind and kind.startswith("torch.ao.nn"):
+            why = "is quantised, and has no gradient: give the model before that"
+        elif isinstance(module, nn.parallel.DistributedDataParallel):
+            why = "is shared with other processes: give its .module"
+        elif any(cls.__name__.startswith("FSDPModule") for cls in type(module).__mro__):
+            why = "is sharded by fully_shard: give the model before that"
+        else:
+            continue
+        raise PlanFault(f"{repr(name) if name else 'the model'} {why}")
 
 
 class Forward:
@@ -115,16 +152,18 @@ class Forward:
                 own["forward"] = last.before
 
     @property
+    def __code__(self) -> CodeType:  # by which torch.export says where a model is from
+        return type(self.module).forward.__code__
+
+    @property
     def _torchscript_modifier(self) -> NoReturn:  # what torch.jit.script asks for first
         raise PlanFault(
-            "torch.jit.script cannot compile a model that a plan is applied to; "
-            "script the layers outside of the block"
+            "TorchScript cannot compile a model that a plan is applied to; script or "
+            "trace it outside of the block"
         )
 
 
-def _forwards(
-    model: nn.Module, plan: Plan, call: Callable, undo: Undo
-) -> dict[str, Callable]:
+def _forwards(model: nn.Module, plan: Plan, call: Callable) -> dict[str, Callable]:
     """Make what runs a plan's segments, by the names of the modules that begin them."""
     forwards = {
         segment[0]: functools.partial(call, _run_of(model.get_submodule(segment[0])))
@@ -137,7 +176,6 @@ def _forwards(
     if listed := listed_segments(model, plan):
         from helpers.checkpointing import _lists  # which most plans do not need
 
-        undo.callback(model.register_forward_hook(_lists.refuse_handed_on).remove)
         for segment in listed:
             forwards |= _lists.joined_forwards(model, segment, call)
     return forwards

@@ -4,15 +4,28 @@ A segment is run once without saving what autograd needs inside it; backward run
 again. Only the segment's input stays in memory in between.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 
 class PlanFault(ValueError):
     """A plan, or what it is applied with, is wrong for a model; says why."""
+
+
+_FORM = (
+    "a plan is a tuple of segments, each a tuple of names: "
+    'Plan((("layer1", "layer2"), ("layer4",)))'
+)
+
+
+def _items(several: object) -> tuple:
+    """Make a tuple of an iterable, but not of a word's letters."""
+    if isinstance(several, str) or not isinstance(several, Iterable):
+        raise ValueError(f"{_FORM}; not {several!r}")
+    return tuple(several)
 
 
 @dataclass(frozen=True)
@@ -30,14 +43,9 @@ class Plan:
     segments: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.segments, str) or any(
-            isinstance(segment, str) for segment in self.segments
-        ):
-            raise ValueError(
-                "a plan is a tuple of segments, each a tuple of names: "
-                'Plan((("layer1", "layer2"), ("layer4",)))'
-            )
-        segments = tuple(tuple(segment) for segment in self.segments)
+        segments = tuple(map(_items, _items(self.segments)))
+        if not all(isinstance(name, str) for segment in segments for name in segment):
+            raise ValueError(_FORM)
         if not all(segments):
             raise ValueError("a segment needs at least one layer; got an empty one")
         object.__setattr__(self, "segments", segments)
@@ -45,12 +53,12 @@ class Plan:
     @classmethod
     def alone(cls, names: Iterable[str]) -> "Plan":
         """Make each named layer a segment of its own, as the docs' snippet means."""
-        return cls(tuple((name,) for name in names))
+        return cls(tuple((name,) for name in _items(names)))
 
     @classmethod
     def grouped(cls, model: nn.Module, names: Iterable[str]) -> "Plan":
         """Join named layers that are neighbours in a Sequential into one segment."""
-        names = list(names)
+        names = _items(names)
         check_fits(model, cls.alone(names))
         in_order = sorted(names, key=_all_names(model).index)
         return segments_of(in_order, lambda before, name: follows(model, before, name))
@@ -117,11 +125,6 @@ def listed_after(model: nn.Module, before: str, after: str) -> bool:
     return is_list and after == f"{parent}.{int(place) + 1}"
 
 
-def literal(name: str) -> str:
-    """Write a name as Python reads it, whatever is in it."""
-    return json.dumps(name)
-
-
 def parent_of(name: str) -> str:
     return name.rpartition(".")[0]
 
@@ -161,12 +164,16 @@ def _is_chain(module: nn.Module) -> bool:
 
 def check_fits(model: nn.Module, plan: Plan) -> None:
     """Raise ValueError, with the names that exist, unless ``plan`` fits ``model``."""
+    if not isinstance(plan, Plan):
+        raise PlanFault(f"plan={plan!r} is no plan; Plan() checkpoints nothing")
+    if not isinstance(model, nn.Module):
+        raise PlanFault(f"a plan is for an nn.Module, not for {model!r}")
     known = _all_names(model)
     layers = ", ".join(layer_names(model) or known) or "none"
     for name in plan.names:
         if name not in known:
             raise ValueError(f"no layer named {name!r}; this model has: {layers}")
-        _check_is_called(name, model.get_submodule(name))
+        _check_is_called(model, name)
     for name in plan.names:
         if plan.names.count(name) > 1:
             raise ValueError(
@@ -197,8 +204,16 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
             )
 
 
-def _check_is_called(name: str, module: nn.Module) -> None:
+def _check_is_called(model: nn.Module, name: str) -> None:
     """Raise ValueError for a ModuleList and its like: nothing would happen."""
+    module = model
+    for part in ["", *name.split(".")]:
+        module = module._modules[part] if part else module
+        if isinstance(module, torch.jit.ScriptModule):
+            raise PlanFault(
+                f"{name!r} is compiled by TorchScript, which looks at no other forward;"
+                " apply the plan to the model before it is scripted or traced"
+            )
     if type(module).forward is nn.Module.forward and "forward" not in vars(module):
         inside = ", ".join(f"{name}.{child}" for child in module._modules) or "none"
         raise ValueError(

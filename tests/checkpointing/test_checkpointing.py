@@ -533,7 +533,7 @@ def test_the_snippet_needs_torch_alone():
         compile(code, "snippet", "exec")
         assert "helpers" not in code
         assert code.count("use_reentrant=False") == code.count("checkpoint(") + bool(
-            "partial(" in code
+            "for name in" in code
         )
 
 
@@ -543,6 +543,7 @@ def test_the_snippet_as_it_reads():
         "from functools import partial\n"
         "from types import MethodType\n"
         "\n"
+        "import torch\n"
         "from torch.utils.checkpoint import checkpoint\n"
         "\n"
         "for name in ['layer1']:\n"
@@ -559,7 +560,11 @@ def test_the_snippet_as_it_reads():
         "    return x\n"
         "\n"
         "\n"
-        "model.forward = MethodType(forward, model)"
+        "model.forward = MethodType(forward, model)\n"
+        "\n"
+        "model._replicate_for_data_parallel = partial(\n"
+        '    torch._assert, False, "use DistributedDataParallel, not nn.DataParallel"\n'
+        ")"
     )
 
 
