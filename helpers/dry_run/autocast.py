@@ -4,26 +4,22 @@ PyTorch's own autocast leaves meta tensors alone. Here every operator that a dev
 autocast knows gets a kernel that casts meta tensors as that device would. It lies on a
 dispatch key that no tensor has, so it is asked inside ``as_on`` alone, and
 there above autograd, where autocast lies; checkpoint's recomputation is no exception.
+It is needed where a block of ``torch.autocast`` is entered, and made only then.
 
 Source: aten/src/ATen/autocast_mode.h and autocast_mode.cpp.
 """
 
 import functools
 import weakref
-from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 
 import torch
 from torch.library import Library
 
 from helpers.checkpointing import Undo
-from helpers.dry_run.kernels import shared
+from helpers.dry_run.kernels import AUTOCAST, SWITCH, imagined_device, shared
 
 _clear = torch.clear_autocast_cache
-
-_KEY = torch._C.DispatchKey.AutocastIPU
-_ONLY_KEY = torch._C.DispatchKeySet(_KEY)
 _LISTS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 # What is done with an operator on a device's list, if it is not run in float32: it is
 # run in the lower precision, in the widest type that it is given, or its result is
@@ -53,44 +49,17 @@ RESULT = {
 }
 
 
-@dataclass
-class _Autocast:
-    """The device that is imitated, and parameters' casts with what they are casts of.
-
-    Casts are kept until the outermost autocast block is left.
-    """
-
-    device: str
-    casts: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+# Parameters' casts, each with what it is a cast of. They are kept until the outermost
+# autocast block is left.
+_casts: ContextVar[dict[int, tuple[torch.Tensor, torch.Tensor]]] = ContextVar("casts")
 
 
-_now: ContextVar[_Autocast | None] = ContextVar("autocast", default=None)
-
-
-def cast_as_on(undo: Undo, device: str) -> None:
-    """Let ``torch.autocast("cpu", …)`` cast meta tensors, until a block's end.
-
-    Args:
-        device: "cpu" or "cuda", whose lists say what is cast.
-    """
+def cast_as_on(undo: Undo) -> None:
+    """Let the switch cast meta tensors where it is on, until a block's end."""
+    if _casts.get(None) is not None:
+        return  # they are cast already
     shared(undo, "casts", _Installed)
-    undo.callback(_now.reset, _now.set(_Autocast(device)))
-    # Also as an interrupt may leave it, at the end of an autocast block.
-    undo.callback(torch.set_autocast_dtype, "cpu", torch.get_autocast_dtype("cpu"))
-    for kind in ("cpu", "ipu"):
-        undo.callback(torch.set_autocast_enabled, kind, torch.is_autocast_enabled(kind))
-    torch.set_autocast_enabled("ipu", True)  # or the key would stay excluded
-    undo.enter_context(torch._C._IncludeDispatchKeyGuard(_KEY))
-
-
-def without_autocast(run: Callable) -> Callable:
-    """Make a function for below autograd: what an operator calls is not cast again."""
-
-    def run_as_it_is(*args: object) -> object:
-        with torch._C._ExcludeDispatchKeyGuard(_ONLY_KEY):
-            return run(*args)
-
-    return run_as_it_is
+    undo.callback(_casts.reset, _casts.set({}))
 
 
 class _Installed:
@@ -106,12 +75,12 @@ class _Installed:
         self.others.fallback(torch.library.fallthrough_kernel)
         self.listed = Library("aten", "IMPL", "AutocastIPU")
         for func, devices in _listed():
-            self.listed.impl(func, functools.partial(_call, func, devices))
+            call = functools.partial(_call, func, devices)
+            self.listed.impl(func, call, with_keyset=True)
 
 
 def _clear_all() -> None:
-    if now := _now.get():
-        now.casts.clear()
+    _casts.get({}).clear()
     _clear()
 
 
@@ -128,21 +97,21 @@ def _listed() -> list[tuple[torch._ops.OpOverload, frozenset[str]]]:
     return found
 
 
-def _call(func: torch._ops.OpOverload, devices: frozenset[str], *args, **kwargs):
+def _call(func: torch._ops.OpOverload, devices: frozenset[str], keys, *args, **kwargs):
     """Call an operator with its arguments as autocast would pass them on."""
-    now, name = _now.get(), func.overloadpacket.__name__
-    with torch._C._ExcludeDispatchKeyGuard(_ONLY_KEY):
-        if now.device not in devices or not torch.is_autocast_enabled("cpu"):
-            return func(*args, **kwargs)
-        lower = torch.get_autocast_dtype("cpu")
-        if name in RESULT[now.device]:
+    device, name = imagined_device.get(), func.overloadpacket.__name__
+    if device not in devices:  # what it calls may be on the list
+        return func.redispatch(keys - AUTOCAST, *args, **kwargs)
+    with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
+        lower = torch.get_autocast_dtype(SWITCH)
+        if name in RESULT[device]:
             if not _is_cast(args[0]) or _dtype_given(func, args, kwargs):
                 return func(*args, **kwargs)
             return func.overloadpacket(*args, **kwargs | {"dtype": torch.float32})
         dtype = lower if name in LOWER else torch.float32
-        if name in WIDEST[now.device]:
+        if name in WIDEST[device]:
             dtype = torch.float32 if torch.float32 in _dtypes(args) else lower
-        cast = functools.partial(_cast, now, dtype, dtype == lower)
+        cast = functools.partial(_cast, dtype, dtype == lower)
         # The last one first, as compilers order a call's arguments on Linux: the casts'
         # order is the order of their gradients.
         kwargs = {key: cast(arg) for key, arg in kwargs.items()}
@@ -166,16 +135,17 @@ def _dtypes(value: object) -> set[torch.dtype]:
     return {value.dtype} if _is_cast(value) else set()
 
 
-def _cast(now: _Autocast, dtype: torch.dtype, lower: bool, value: object) -> object:
+def _cast(dtype: torch.dtype, lower: bool, value: object) -> object:
     """Cast tensors, nested in lists; a parameter's cast to lower precision is kept."""
     if isinstance(value, tuple | list):
-        return type(value)(_cast(now, dtype, lower, item) for item in value)
+        return type(value)(_cast(dtype, lower, item) for item in value)
     if not _is_cast(value) or value.dtype == dtype:
         return value
     is_parameter = value.requires_grad and value.is_leaf and not value._is_view()
     keeps = lower and is_parameter and value.dtype == torch.float32
     if not keeps or not torch.is_autocast_cache_enabled():
         return value.to(dtype)
-    if id(value) not in now.casts:
-        now.casts[id(value)] = value, value.to(dtype)
-    return now.casts[id(value)][1]
+    casts = _casts.get()
+    if id(value) not in casts:
+        casts[id(value)] = value, value.to(dtype)
+    return casts[id(value)][1]

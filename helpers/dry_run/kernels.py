@@ -5,19 +5,23 @@ keep different tensors for backward. On meta tensors PyTorch takes neither; here
 takes the ones of the device that a prediction is for.
 """
 
+import functools
+import importlib
 import threading
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 
 import torch
+from torch.amp import autocast_mode
 from torch.library import Library
-from torch.nn import functional as F
 
 from helpers.checkpointing import Undo
 
 # The device that is imagined; None outside of every prediction, as in other threads.
 imagined_device: ContextVar[str | None] = ContextVar("imagined_device", default=None)
+# The functions of a library's choosing that were met there.
+met: ContextVar[set[str]] = ContextVar("met")
 _making = threading.RLock()
 _alive: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()
 _aten = torch.ops.aten
@@ -41,19 +45,52 @@ def choose_kernels(undo: Undo, device: str) -> None:
     """Choose the kernels that a step on ``device`` would run, until a block's end."""
     shared(undo, "kernels", _registered)
     undo.callback(imagined_device.reset, imagined_device.set(device))
+    undo.callback(met.reset, met.set(set()))
+
+
+# Functions that are made of others, and of other ones on one device than on another.
+_COMPOSITES = {
+    "scaled_dot_product_attention": "attention",
+    "group_norm": "layers",
+    "lstm.input": "layers",
+    "gru.input": "layers",
+    "rnn_tanh.input": "layers",
+    "rnn_relu.input": "layers",
+}
 
 
 def _registered() -> Library:
     """Register what meta tensors are to run; it ends with the library."""
     library = Library("aten", "IMPL", "AutogradMeta")
     library.impl("dropout", _dropout)
-    library.impl("scaled_dot_product_attention", _attention)
+    for name, home in _COMPOSITES.items():
+        packet, _, overload = name.partition(".")
+        func = getattr(getattr(_aten, packet), overload or "default")
+        library.impl(name, functools.partial(_composite, func, home))
+    library.impl("mish_backward", _mish_backward)
     return library
 
 
-def _as_ever(func: torch._ops.OpOverload, *args, **kwargs) -> torch.Tensor:
+def _composite(func: torch._ops.OpOverload, home: str, *args, **kwargs) -> object:
+    """Run a function as the imagined device does, by a module that is loaded for it."""
+    if imagined_device.get() is None:
+        return as_ever(func, *args, **kwargs)
+    met.get().add(func.overloadpacket.__name__)
+    module = importlib.import_module(f"helpers.dry_run.{home}")
+    return getattr(module, func.overloadpacket.__name__)(*args, **kwargs)
+
+
+def as_ever(func: torch._ops.OpOverload, *args, **kwargs) -> torch.Tensor:
     """Run what meta tensors run without us: in a thread that imagines no device."""
     return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+
+
+def _mish_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Run Mish's backward as one operator, as devices have it; meta tensors have not."""
+    if imagined_device.get() is None:
+        return as_ever(_aten.mish_backward.default, gradient, x)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _aten.mish_backward(gradient, x)
 
 
 def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
@@ -63,98 +100,13 @@ def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
     Source: ``is_fused_kernel_acceptable`` in aten/src/ATen/native/Dropout.cpp.
     """
     if imagined_device.get() is None:
-        return _as_ever(_aten.dropout.default, input, p, train)
+        return as_ever(_aten.dropout.default, input, p, train)
     if not train or p == 0:
         return input
     if imagined_device.get() == "cuda" and p < 1:
         return torch.native_dropout(input, p, train)[0]
     noise = torch.empty_like(input).bernoulli_(1 - p)
     return input * (noise.div_(1 - p) if p < 1 else noise)
-
-
-# Attention --------------------------------------------------------------------------
-
-_HALVES = (torch.float16, torch.bfloat16)
-
-
-def _attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options
-) -> torch.Tensor:
-    """Attend on meta tensors by the fused kernel of a CPU, or of CUDA from Ampere on.
-
-    Source: ``scaled_dot_product_attention`` in native/transformers/attention.cpp.
-    """
-    arguments = (query, key, value, attn_mask, dropout_p, is_causal)
-    composite = _aten.scaled_dot_product_attention.default
-    if imagined_device.get() is None:
-        return _as_ever(composite, *arguments, **options)
-    kernel = _fused_kernel(*arguments)
-    if kernel is None or options.get("enable_gqa"):
-        return composite.decompose(*arguments, **options)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        zero, never = (
-            torch.scalar_tensor(number, dtype=query.dtype, device="meta")
-            for number in (0.0, -torch.inf)
-        )
-        attn_mask = torch.where(attn_mask, zero, never)
-    return kernel(*arguments[:3], attn_mask, dropout_p, is_causal, options.get("scale"))
-
-
-def _fused_kernel(
-    query, key, value, attn_mask, dropout_p, is_causal
-) -> Callable[..., torch.Tensor] | None:
-    """Choose a fused kernel; None where only the plain products will do.
-
-    Source: ``use_flash_attention_cpp`` in native/transformers/sdp_utils_cpp.cpp, and
-    ``select_sdp_backend`` in native/transformers/cuda/sdp_utils.cpp. cuDNN's, which
-    comes first on some cards, keeps the same bytes as flash attention.
-    """
-    heads = {tensor.shape[-1] for tensor in (query, key, value)}
-    plain = query.dim() != 4 or 0 in (*query.shape, *key.shape)
-    if plain or any(tensor.stride(-1) != 1 for tensor in (query, key, value)):
-        return None
-    switches = torch.backends.cuda  # which a CPU obeys, too
-    if imagined_device.get() == "cpu":
-        dense = query.shape[:2] == key.shape[:2] == value.shape[:2]
-        fits = dense and len(heads) == 1 and dropout_p == 0
-        return _cpu_flash if fits and switches.flash_sdp_enabled() else None
-    is_half = query.dtype in _HALVES
-    square = not is_causal or query.shape[2] == key.shape[2]
-    fits = is_half and attn_mask is None and len(heads) == 1 and square
-    if fits and max(heads) <= 256 and switches.flash_sdp_enabled():
-        return _cuda_flash
-    aligned = all(size % (8 if is_half else 4) == 0 for size in heads)
-    fits = aligned and query.dtype in (*_HALVES, torch.float32)
-    return _efficient if fits and switches.mem_efficient_sdp_enabled() else None
-
-
-def _cpu_flash(query, key, value, attn_mask, dropout_p, is_causal, scale):
-    return _aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-    )[0]
-
-
-def _cuda_flash(query, key, value, attn_mask, dropout_p, is_causal, scale):
-    size = query.shape[-1]
-    inputs = query, key, value
-    if size % 8:
-        inputs = [F.pad(tensor, (0, 8 - size % 8)) for tensor in inputs]
-    return _aten._scaled_dot_product_flash_attention(
-        *inputs, dropout_p, is_causal, scale=scale or size**-0.5
-    )[0][..., :size]
-
-
-def _efficient(query, key, value, attn_mask, dropout_p, is_causal, scale):
-    inputs = query, key, value
-    if attn_mask is not None:
-        columns = attn_mask.shape[-1]
-        if columns % 16:
-            attn_mask = F.pad(attn_mask, (0, -columns % 16))[..., :columns]
-        attn_mask = attn_mask.expand(*query.shape[:3], columns)
-    keeps = any(tensor.requires_grad for tensor in inputs) and torch.is_grad_enabled()
-    return _aten._scaled_dot_product_efficient_attention(
-        *inputs, attn_mask, keeps, dropout_p, is_causal, scale=scale
-    )[0]
 
 
 def on_host(func: torch._ops.OpOverload, out: object) -> object:
@@ -166,3 +118,77 @@ def on_host(func: torch._ops.OpOverload, out: object) -> object:
     if func.overloadpacket is not _aten._scaled_dot_product_efficient_attention:
         return out
     return (*out[:2], *(torch.empty((), dtype=torch.long) for _ in range(2)))
+
+
+# Autocast ---------------------------------------------------------------------------
+
+# The switch for the imagined device's autocast, by all its names: one of a device that
+# no tensor is on. PyTorch's own for CUDA cannot be switched on where there is no GPU.
+SWITCH = "ipu"
+AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastIPU)
+AUTOCAST |= torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+_block: ContextVar[weakref.ref[Undo]] = ContextVar("block")  # to act on until its end
+_is_on, _set_on = torch.is_autocast_enabled, torch.set_autocast_enabled
+_dtype, _set_dtype = torch.get_autocast_dtype, torch.set_autocast_dtype
+
+
+def follow_autocast(undo: Undo, device: str) -> None:
+    """Let ``torch.autocast`` act as on the imagined device, until a block's end.
+
+    One that is on around the block goes on in it.
+    """
+    shared(undo, "switches", _Switches)
+    undo.callback(_block.reset, _block.set(weakref.ref(undo)))
+    include = torch._C._dispatch_tls_set_dispatch_key_included
+    had = torch._C._dispatch_tls_is_dispatch_key_included("AutocastIPU")
+    undo.callback(include, "AutocastIPU", had)
+    was_on, dtype = _is_on(device), _dtype(device)
+    for kind in (device, SWITCH):  # also as an interrupt may leave them
+        undo.callback(_set_dtype, kind, _dtype(kind))
+        undo.callback(_set_on, kind, _is_on(kind))
+        _set_on(kind, False)
+    include("AutocastIPU", True)
+    _set_dtype(SWITCH, dtype)
+    torch.set_autocast_enabled(SWITCH, was_on)
+
+
+class _Switches:
+    """What ``torch.autocast`` and its like call, for our switch; it ends with this."""
+
+    def __init__(self) -> None:
+        for function in (_is_on, _set_on, _dtype, _set_dtype):
+            self._put(torch, function.__name__, functools.partial(_ask, function))
+        begin, cast = torch.autocast.__init__, autocast_mode._cast
+
+        @functools.wraps(begin)
+        def init(made: torch.autocast, device_type: str, *args, **kwargs) -> None:
+            begin(made, _switch(device_type), *args, **kwargs)
+
+        def cast_inputs(value: object, device_type: str, dtype: torch.dtype) -> object:
+            ours = _switch(device_type) == SWITCH
+            return cast(value, "meta" if ours else device_type, dtype)
+
+        self._put(torch.autocast, "__init__", init)
+        self._put(autocast_mode, "_cast", cast_inputs)
+
+    def _put(self, owner: object, name: str, value: object) -> None:
+        weakref.finalize(self, setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, value)
+
+
+def _switch(kind: str) -> str:
+    """Return the switch that a device's name means: ours, or its own."""
+    device = imagined_device.get()
+    return SWITCH if device and kind in (device, "cpu", "meta") else kind
+
+
+def _ask(function: Callable, device_type: object = "cuda", *value: object) -> object:
+    """Call one of torch's functions for our switch, if it is about that."""
+    if isinstance(device_type, bool):  # without a name, CUDA is meant
+        device_type, value = "cuda", (device_type,)
+    kind = _switch(device_type)
+    if kind == SWITCH and True in value:
+        from helpers.dry_run.autocast import cast_as_on
+
+        cast_as_on(_block.get()())
+    return function(kind, *value)
