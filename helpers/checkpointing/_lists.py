@@ -49,7 +49,8 @@ def code(segments: Sequence[Sequence[str]]) -> list[str]:
 
 def _literal(name: str) -> str:
     """Write a name so that Python reads it, whatever is in it."""
-    return f'"{name}"' if repr(name) == f"'{name}'" else repr(name)
+    is_plain = repr(name) == f"'{name}'" and '"' not in name
+    return f'"{name}"' if is_plain else repr(name)
 
 
 def joined_forwards(

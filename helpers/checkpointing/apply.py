@@ -83,9 +83,10 @@ def checkpointed(
         from helpers.checkpointing._contexts import checked
 
         call = functools.partial(call, context_fn=checked(context_fn, use_reentrant))
+    shared = {name for segment in listed_segments(model, plan) for name in segment}
     with Undo() as undo:
         for name, run in _forwards(model, plan, call).items():
-            forward = Forward(model.get_submodule(name), run)
+            forward = Forward(model.get_submodule(name), run, name in shared)
             undo.callback(forward.remove)
             vars(forward.module)["forward"] = forward
         yield model
@@ -124,10 +125,15 @@ def refuse_opaque(model: nn.Module, has_data: bool = False) -> None:
 class Forward:
     """What ``forward`` is in a block: it runs something else, for one module only."""
 
-    def __init__(self, module: nn.Module, run: Callable) -> None:
-        self.module, self.run = module, run
+    def __init__(self, module: nn.Module, run: Callable, is_shared: bool) -> None:
+        self.module, self.run, self.is_shared = module, run, is_shared
         self.before = vars(module).get("forward")
         self.is_over = False
+        if type(self.before) is Forward and self.before.is_shared:
+            raise PlanFault(
+                "another plan joins a layer of this one with its neighbours in a "
+                "ModuleList; undo that plan first"
+            )
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         if not torch.compiler.is_compiling():

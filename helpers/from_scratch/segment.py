@@ -49,7 +49,10 @@ class Segment:
         self.function, self.surroundings = function, surroundings
         self.contexts, self.stops_early, self.compares = contexts, stops_early, compares
         self.others, tensors = apart(args)
-        self.inputs = _Keep.apply(_ANCHOR, *tensors)
+        self.inputs = lambda: tensors  # where a transform of torch.func has no graph
+        if not torch._C._are_functorch_transforms_active():
+            kept = _Keep.apply(_ANCHOR, *tensors)
+            self.inputs = lambda: kept.grad_fn.saved_tensors
         self.dropped: list[weakref.ref[_Placeholder]] = []
         self.descriptions: list[Description] = []
         self.passes: set[Hashable] = set()  # backward passes that have recomputed it
@@ -102,7 +105,7 @@ class Segment:
                 raise saves_more(len(self.dropped), self.contexts)
             return tensor  # for a backward inside the function
 
-        args = together(self.others, self.inputs.grad_fn.saved_tensors)
+        args = together(self.others, self.inputs())
         with (
             contextlib.suppress(_EverythingIsBack),
             saved_tensors_hooks(pack, lambda tensor: tensor),
@@ -131,6 +134,10 @@ class _Keep(torch.autograd.Function):
     def forward(ctx, anchor: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(*tensors)
         return torch.empty(0, device="cpu")
+
+    @staticmethod
+    def jvp(ctx, *tangents: torch.Tensor | None) -> torch.Tensor:
+        return torch.empty(0, device="cpu")  # for tensors with a tangent
 
 
 _ANCHOR = torch.empty(0, device="cpu", requires_grad=True)  # for a graph in any case
