@@ -1,5 +1,8 @@
 """Bytes, milliseconds and FLOPs as people read them, formatted in one place."""
 
+import operator
+import re
+
 BLOCK_BYTES = 512  # the CUDA caching allocator hands out multiples of this
 
 
@@ -19,6 +22,33 @@ def format_bytes(n_bytes: int, signed: bool = False) -> str:
         if round(value / size, 4) >= 1:  # 1,023.96 MiB is written as 1.0 GiB
             return f"{sign}{value / size:,.1f} {unit}"
     return f"{sign}{value:,} B"
+
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_bytes(value: int | str) -> int:
+    """Read bytes as people write them: 512, "8 GiB", "512 MiB", "1.5 GB".
+
+    Raises:
+        ValueError: for anything else, and for what is no size of a memory.
+    """
+    n_bytes: float | None = None
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]+)\s*", value)
+        if found and found[2].upper() in _UNITS:
+            n_bytes = int(float(found[1]) * _UNITS[found[2].upper()])
+    elif isinstance(value, float) and value.is_integer():
+        n_bytes = int(value)
+    elif not isinstance(value, bool) and hasattr(value, "__index__"):
+        n_bytes = operator.index(value)
+    if n_bytes is None or not 0 < n_bytes < 2**60:
+        raise ValueError(
+            'memory is a whole number of bytes above 0, or a text such as "8 GiB", '
+            f'"512 MiB" or "1.5 GB", not {value!r}'
+        )
+    return n_bytes
 
 
 def format_ms(milliseconds: float) -> str:

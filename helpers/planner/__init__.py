@@ -5,16 +5,18 @@ from helpers.planner.best import (
     best_plan,
     least_peak_bytes,
     pareto,
-    plan_for,
 )
 from helpers.planner.chain import Chain, Stage
 from helpers.planner.profiling import profile
+from helpers.planner.tree import Planner, front_for, plan_for
 
 __all__ = [
     "Chain",
     "InfeasibleBudget",
+    "Planner",
     "Stage",
     "best_plan",
+    "front_for",
     "least_peak_bytes",
     "pareto",
     "plan_for",

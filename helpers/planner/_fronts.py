@@ -105,7 +105,7 @@ def find_fronts(
     held = chain.segment_held.max(0).values
     fronts = [Front(on_cpu([chain.loss_need(False)]), nothing, nothing, nothing)]
     ending = Front(on_cpu([chain.loss_need(True)]), nothing, nothing, nothing)
-    thinned = range(0, n, STRIDE)
+    thinning = range(0, n, STRIDE)
     for first in reversed(range(n)):
         cost = ending.cost + (cost_before[first] + last[first])
         segments.add(first, ending.need + held[first], cost, cost_before[first] + most)
@@ -114,18 +114,18 @@ def find_fronts(
         places = torch.ones_like(need).cumsum(0) - 1
         kept = Front(need, after.cost, torch.full_like(need, -first - 1), places)
         options = kept, segments.before(first, cost_before[first])
-        ending = _unbeaten(options, room[first], most)
-        if gap and first in thinned:
-            ratio = (1 + gap) ** (1 / len(thinned))
-            ending = _thinned(ending, ratio, n + 1)
+        ending = unbeaten(options, room[first], most)
+        if gap and first in thinning:
+            ratio = (1 + gap) ** (1 / len(thinning))
+            ending = thinned(ending, ratio, n + 1)
         fronts.append(ending)
     other = chain.other_peak_bytes - chain.static_bytes
     need = fronts[-1].need.clamp(min=other)
-    fronts[-1] = _unbeaten([fronts[-1]._replace(need=need)], max(room[0], other), most)
+    fronts[-1] = unbeaten([fronts[-1]._replace(need=need)], max(room[0], other), most)
     return fronts[::-1]
 
 
-def _unbeaten(options: list[Front], room: int, most: int) -> Front:
+def unbeaten(options: list[Front], room: int, most: int) -> Front:
     """Keep the labels that fit, and that need less or cost less than every other."""
     all_of = Front(*map(torch.cat, zip(*options, strict=True)))
     order = ((all_of.need <= room) & (all_of.cost <= most)).nonzero()[:, 0]
@@ -140,7 +140,7 @@ def _unbeaten(options: list[Front], room: int, most: int) -> Front:
     return Front(*(column[order[last]] for column in all_of))
 
 
-def _thinned(front: Front, ratio: float, unit: int) -> Front:
+def thinned(front: Front, ratio: float, unit: int) -> Front:
     """Keep one label of those whose costs differ by less than ``ratio``.
 
     It is the one that needs least. The others are gone, but what is left costs at

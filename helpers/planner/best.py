@@ -7,17 +7,13 @@ arXiv 1911.13214), without nested segments.
 """
 
 import math
-from collections.abc import Callable
 from fractions import Fraction
 
 import torch
-from torch import nn
 
 from helpers.checkpointing import Plan
-from helpers.measure import StepReport, predict
 from helpers.planner._fronts import Front, find_fronts, one_thread
 from helpers.planner.chain import NEVER, Chain, on_cpu
-from helpers.planner.profiling import profile
 from helpers.units import format_bytes
 
 LONG, ROUGH_GAP = 200, 0.25  # stages from which on a rough plan comes first
@@ -26,10 +22,13 @@ LONG, ROUGH_GAP = 200, 0.25  # stages from which on a rough plan comes first
 class InfeasibleBudget(ValueError):
     """No plan fits the budget; ``minimum_bytes`` is the least that one does."""
 
-    def __init__(self, budget_bytes: int, minimum_bytes: int) -> None:
+    def __init__(
+        self, budget_bytes: int, minimum_bytes: int, what_helps: str = ""
+    ) -> None:
         super().__init__(
             f"no plan fits into {format_bytes(budget_bytes)} ({budget_bytes:,} B); the "
             f"least that works is {format_bytes(minimum_bytes)} ({minimum_bytes:,} B)"
+            + (f"; {what_helps}" if what_helps else "")
         )
         self.minimum_bytes = minimum_bytes
 
@@ -89,40 +88,6 @@ def pareto(
         (peak, chain.recompute_cost(plan), plan)
         for peak, plan in zip(peaks, plans, strict=True)
     ]
-
-
-def plan_for(
-    model: nn.Module | Callable[[], nn.Module],
-    batch: object,
-    budget_bytes: int,
-    *,
-    parent: str | None = None,
-    **settings: object,
-) -> StepReport:
-    """Find a plan whose dry run fits the budget; the report holds the plan.
-
-    >>> from helpers.models import uniform_mlp
-    >>> x = torch.empty(8192, 1024, device="meta")  # a shape without data
-    >>> print(plan_for(uniform_mlp, x, 400 * 2**20).plan)
-    layer1+layer2+layer3+layer4
-
-    The arithmetic of a chain does not know what a model does with its layers' outputs
-    besides; where it was too low for a plan, the search goes on below that plan.
-
-    Args:
-        settings: of ``profile`` and of ``predict``.
-
-    Raises:
-        InfeasibleBudget: if no plan fits, by the arithmetic.
-    """
-    chain = profile(model, batch, parent=parent, **settings)
-    room_bytes = budget_bytes
-    while True:
-        plan = best_plan(chain, room_bytes)
-        report = predict(model, batch, plan, **settings)
-        if report.peak_bytes <= budget_bytes:
-            return report
-        room_bytes = chain.peak_bytes(plan) - 1
 
 
 def least_peak_bytes(chain: Chain) -> int:

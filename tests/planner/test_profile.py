@@ -337,7 +337,7 @@ def test_plan_for_goes_on_where_the_arithmetic_was_too_low(monkeypatch):
     model, batch = mlp([256] * 7, "gelu"), meta(512, 256)
     chain = profile(model, batch)
     shy = Chain(chain.stages, static_bytes=chain.static_bytes - 200_000)
-    monkeypatch.setattr("helpers.planner.best.profile", lambda *args, **settings: shy)
+    monkeypatch.setattr("helpers.planner.tree.profile", lambda *args, **settings: shy)
     budget = least_peak_bytes(chain) + 500_000
     assert plan_for(model, batch, budget).peak_bytes <= budget
 
