@@ -27,6 +27,7 @@ from helpers.measure import (
 from helpers.measure import measured as measuring
 from helpers.models import MLP, DocsMLP, uniform_mlp
 from helpers.units import format_bytes
+from tests.model_state import assert_same, state_of
 from tests.oracles import profiled_bytes
 
 NUMBER = 512  # a loss, or its gradient: 4 bytes in a block of 512
@@ -410,40 +411,6 @@ def test_a_prediction_holds_beside_measurements_on_another_thread():
 # A prediction leaves no trace
 
 
-def state_of(model: nn.Module) -> dict:
-    """Copy all that a step could change."""
-    return {
-        "tensors": {k: v.clone() for k, v in model.state_dict().items()},
-        "gradients": [p.grad for p in model.parameters()],
-        "gradient values": [
-            None if p.grad is None else p.grad.clone() for p in model.parameters()
-        ],
-        "modes": [module.training for module in model.modules()],
-        "attributes": [sorted(vars(module)) for module in model.modules()],
-        "hooks": [list(module._forward_hooks) for module in model.modules()],
-        "random": torch.get_rng_state(),
-        "grad mode": torch.is_grad_enabled(),
-        "wants": [p.requires_grad for p in model.parameters()],
-    }
-
-
-def assert_same(found: dict, expected: dict) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        if name == "tensors":
-            assert found[name].keys() == value.keys()
-            assert all(torch.equal(found[name][key], value[key]) for key in value)
-        elif name == "gradients":
-            assert all(a is b for a, b in zip(found[name], value, strict=True))
-        elif name == "gradient values":
-            pairs = zip(found[name], value, strict=True)
-            assert all(a is b or torch.equal(a, b) for a, b in pairs)
-        elif name == "random":
-            assert torch.equal(found[name], value), "the generator has moved"
-        else:
-            assert found[name] == value, name
-
-
 def lived_in() -> nn.Sequential:
     """A model with buffers, gradients for some, a frozen layer, and mixed modes."""
     model = nn.Sequential(
@@ -650,8 +617,14 @@ def test_steps_are_timed_unwatched(monkeypatch):
         (lambda: torch.randn(4, 16, 3), "at layer 'layer1.0'"),
         (lambda: (torch.randn(4, 16), torch.randint(4, (5,))), "target (5,)"),
         (lambda: (torch.randn(4, 16), torch.randint(4, (5,))), "at the loss"),
-        (lambda: (torch.randn(4, 16),) * 3, "or a pair (x, target) or (dict, target), not ("),
-        (lambda: (torch.randn(4, 16),), "or a pair (x, target) or (dict, target), not ("),
+        (
+            lambda: (torch.randn(4, 16),) * 3,
+            "or a pair (x, target) or (dict, target), not (",
+        ),
+        (
+            lambda: (torch.randn(4, 16),),
+            "or a pair (x, target) or (dict, target), not (",
+        ),
     ],
 )
 def test_a_batch_that_does_not_fit_says_where(run, batch, words):
