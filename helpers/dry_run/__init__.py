@@ -19,7 +19,12 @@ from torch.optim import optimizer as optimizers
 from helpers import lazily
 from helpers.allocator import scratch_on
 from helpers.checkpointing import Undo
-from helpers.dry_run.kernels import choose_kernels, follow_autocast, shared
+from helpers.dry_run.kernels import (
+    choose_kernels,
+    follow_autocast,
+    shared,
+    workspaces,
+)
 from helpers.dry_run.meta import (
     SHAPES,
     SHAPES_ON_CPU,
@@ -115,6 +120,10 @@ class Imagined:
         how |= {"optimizer": optimizer, "observers": observers}
         return record_timeline(step, model, batch=batch, **how)
 
+    def unknown(self, timeline: Timeline) -> tuple[str, ...]:
+        """Name the operators whose memory is a library's own choice."""
+        return workspaces({event.allocation.op for event in timeline.events})
+
 
 @contextlib.contextmanager
 def as_on(device: str, autocast: torch.dtype | None = None) -> Iterator[Imagined]:
@@ -142,6 +151,14 @@ def as_on(device: str, autocast: torch.dtype | None = None) -> Iterator[Imagined
         follow_autocast(undo, kind)
         shared(undo, "fused", _FusedOnMeta)
         run = SHAPES_ON_CPU if kind == "cpu" else SHAPES
+        import os
+
+        if os.environ.get("VALUES"):
+            from helpers.dry_run.numbers import Installed
+            from helpers.dry_run.values import Values
+
+            shared(undo, "numbers", Installed)
+            run = Values(run, kind)
         yield Imagined(kind, run, scratch_on(kind), devices, undo)
 
 

@@ -20,8 +20,12 @@ from helpers.checkpointing import Undo
 
 # The device that is imagined; None outside of every prediction, as in other threads.
 imagined_device: ContextVar[str | None] = ContextVar("imagined_device", default=None)
-# The functions of a library's choosing that were met there.
+# The functions below that were met there, by name.
 met: ContextVar[set[str]] = ContextVar("met")
+# Operators that a library runs, in a workspace of its own choice.
+_CUDNN = {"convolution": "convolution", "lstm": "LSTM", "gru": "GRU"}
+_CUDNN |= {"rnn_tanh": "RNN", "rnn_relu": "RNN"}
+_LIBRARIES = {"cuda": _CUDNN, "cpu": {"mkldnn_rnn_layer": "LSTM"}}
 _making = threading.RLock()
 _alive: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()
 _aten = torch.ops.aten
@@ -46,6 +50,13 @@ def choose_kernels(undo: Undo, device: str) -> None:
     shared(undo, "kernels", _registered)
     undo.callback(imagined_device.reset, imagined_device.set(device))
     undo.callback(met.reset, met.set(set()))
+
+
+def workspaces(operators: set[str]) -> tuple[str, ...]:
+    """Name those of some operators, and of the functions met, with such a workspace."""
+    names = _LIBRARIES[imagined_device.get()]
+    found = (operators | met.get()) & names.keys()
+    return tuple(sorted({names[name] for name in found}))
 
 
 # Functions that are made of others, and of other ones on one device than on another.

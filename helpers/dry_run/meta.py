@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from helpers.checkpointing import Undo
+from helpers.checkpointing import Undo, refuse_opaque
 from helpers.dry_run.kernels import AUTOCAST, on_host
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def meta_model(
             "a model is an nn.Module, or a function that makes one, not "
             f"a {type(model).__name__}"
         )
+    refuse_opaque(model)
     if all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
         return model
     return (copies or meta_copies()).of(model)
@@ -71,6 +72,8 @@ def stand_in(tensor: torch.Tensor) -> torch.Tensor:
             "does not know; measure it"
         )
     empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+    if not (tensor.is_meta or tensor.is_floating_point() or tensor.is_complex()):
+        empty.untyped_storage().value = tensor  # which values.py knows
     return empty.requires_grad_(tensor.requires_grad)
 
 
@@ -195,7 +198,9 @@ def is_trusted(func: Callable, values: tuple) -> bool:
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     if not all(tensor.is_contiguous() for tensor in tensors):
         return False
-    return not tensors or torch.Tag.pointwise in func.tags or func.overloadpacket in _PLAIN
+    return (
+        not tensors or torch.Tag.pointwise in func.tags or func.overloadpacket in _PLAIN
+    )
 
 
 def _check_types(func: torch._ops.OpOverload, args: tuple) -> None:
@@ -219,10 +224,8 @@ def _signature(value: object) -> object:
 
 def describe(out: object, args: tuple, device: str = "meta") -> object:
     """Describe an operator's output so that it can be made again; None if it cannot."""
-    if out is None:
-        return ()
     if isinstance(out, tuple | list):
-        parts = [describe(item, args, device) for item in out]
+        parts = [() if x is None else describe(x, args, device) for x in out]
         return None if None in parts else (type(out), parts)
     if not isinstance(out, torch.Tensor) or out.device.type != device:
         return None

@@ -18,14 +18,16 @@ _KINDS = {
     tuple: ("a list", lambda value: isinstance(value, list | tuple)),
 }
 
+_EMPTY = {"unknown": ()}  # what is left out where it is so
+
 
 def to_json(value: object) -> object:
-    """Make what ``json`` can write of a record; fields not compared are left out."""
+    """Make what ``json`` can write of a record; empty and uncompared fields go."""
     if isinstance(value, Plan):
         return [list(segment) for segment in value.segments]
     if is_dataclass(value):
-        kept = [f.name for f in fields(value) if f.compare]
-        return {name: to_json(getattr(value, name)) for name in kept}
+        kept = {f.name: getattr(value, f.name) for f in fields(value) if f.compare}
+        return {k: to_json(one) for k, one in kept.items() if one or k not in _EMPTY}
     return tuple(map(to_json, value)) if isinstance(value, tuple) else value
 
 
@@ -45,6 +47,8 @@ def from_json(kind: object, value: object, where: str) -> object:
     if is_dataclass(kind):
         value = {"segments": value} if kind is Plan else value
         kinds = {f.name: f.type for f in fields(kind) if f.compare}
+        if isinstance(value, dict):
+            value = {k: empty for k, empty in _EMPTY.items() if k in kinds} | value
         held = _fields(kinds, value, where)
         try:
             return kind(**held)

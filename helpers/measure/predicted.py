@@ -62,11 +62,21 @@ def predict(
             for _ in range(2 if made or step else 1):  # the first makes what stays
                 timeline = imagined.record(run, model, batch, made)
         model.zero_grad(set_to_none=True)
-    return report_of(timeline, plan, imagined.device, "predicted")
+        unknown = imagined.unknown(timeline)
+    return report_of(timeline, plan, imagined.device, "predicted", unknown)
 
 
-def report_of(timeline: Timeline, plan: Plan, device: str, source: str) -> StepReport:
+def report_of(
+    timeline: Timeline,
+    plan: Plan,
+    device: str,
+    source: str,
+    unknown: tuple[str, ...] = (),
+) -> StepReport:
     """Read a report off a timeline; it has no time in it.
+
+    Args:
+        unknown: operators whose memory is a library's own choice.
 
     Raises:
         ValueError: if there is no backward in it.
@@ -89,4 +99,5 @@ def report_of(timeline: Timeline, plan: Plan, device: str, source: str) -> StepR
         plan=plan,
         allocator_peak_bytes=timeline.allocator_peak_bytes,
         timeline=timeline,
+        unknown=unknown,
     )

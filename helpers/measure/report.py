@@ -34,6 +34,7 @@ class StepReport:
     padding_bytes: int = 0  # by how much its blocks are larger than what is asked for
     workspace_bytes: int = 0  # cuBLAS's own, in neither peak
     reserved_bytes: int = 0  # most that it took from the GPU, for all
+    unknown: tuple[str, ...] = ()  # operators whose memory is a library's own choice
     timeline: Timeline | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -76,6 +77,9 @@ class StepReport:
         }
         if self.source == "predicted" or not self.scratch_bytes:
             del rows["scratch of kernels"]  # it differs from one GPU to the next
+        if self.unknown:
+            library = "cuDNN" if self.device == "cuda" else "oneDNN"
+            rows["not known"] = f"{library}'s workspace for {', '.join(self.unknown)}"
         if self.step_ms is not None:
             low, high = self.step_ms_quartiles
             rows["step"] = (
