@@ -1,6 +1,7 @@
 """The device that a step runs on: what it has, what it refuses, what it counts."""
 
 import contextlib
+import functools
 import gc
 import os
 import random
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from helpers.checkpointing import Undo
+from helpers.checkpointing import Undo, refuse_opaque
 from helpers.dry_run import Copies, keep_attributes
 from helpers.measure._cpu_limit import limit_in_force, uncounted, way_out
 from helpers.timeline import tensors_in
@@ -26,6 +27,7 @@ def usable_device(model: nn.Module, device: str | None) -> str:
             f"measure runs an nn.Module, and this is a {type(model).__name__}; call "
             "what makes a model first"
         )
+    refuse_opaque(model, has_data=True)
     if device is None:
         first = next(model.parameters(), torch.empty(0))
         device = first.device
@@ -88,9 +90,26 @@ def left_as_found(
         for _ in range(2):  # an interrupt may end the first
             undo.callback(_put_back, saved)
         keep_attributes(undo, model, *state)
+        for put_back, before in _generators(held):
+            undo.callback(put_back, before)
         for parameter in model.parameters():
             parameter.grad = None
         yield
+
+
+def _generators(held: list[dict]) -> Iterator[tuple[Callable, object]]:
+    """Find the random generators that modules hold: how to put each back, and to what.
+
+    Those of PyTorch, Python and NumPy.
+    """
+    for value in (value for attributes in held for value in attributes.values()):
+        if isinstance(value, torch.Generator):
+            yield value.set_state, value.get_state()
+        elif isinstance(value, random.Random):
+            yield value.setstate, value.getstate()
+        elif hasattr(value, "bit_generator"):
+            bits = value.bit_generator
+            yield functools.partial(setattr, bits, "state"), bits.state
 
 
 @uncounted()

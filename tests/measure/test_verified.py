@@ -45,12 +45,27 @@ class Draws(nn.Linear):
 
 
 class Own(nn.Linear):
-    """Draws from a generator of its own, which nobody puts back at all."""
+    """Draws from a generator of its class, which nobody puts back at all."""
 
     rng = torch.Generator()
 
     def forward(self, x):
         return torch.tanh(super().forward(x) * torch.rand(1, generator=self.rng))
+
+
+class Held(nn.Linear):
+    """Draws from generators of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.torch, self.python = torch.Generator(), random.Random(0)
+        self.numpy = np.random.default_rng(0)
+
+    def forward(self, x):
+        drawn = self.python.random() + self.numpy.random()
+        return torch.tanh(
+            super().forward(x) * torch.rand(1, generator=self.torch) + drawn
+        )
 
 
 class Dict(nn.Sequential):
@@ -90,13 +105,14 @@ def test_a_sound_plan_changes_no_bit(settings):
         (lambda: Dict(*writers()), True, set()),
         (lambda: nn.Sequential(Stateful(), nn.Linear(8, 4)), True, {"0.potential"}),
         (lambda: nn.Sequential(Draws(8, 8), nn.Linear(8, 4)), True, set()),
+        (lambda: nn.Sequential(Held(), nn.Linear(8, 4)), True, set()),
         (
             lambda: nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 4)),
             False,
             {"0.running_mean", "0.running_var", "0.num_batches_tracked"},
         ),
     ],
-    ids=["dict", "attribute", "random", "BatchNorm"],
+    ids=["dict", "attribute", "random", "generators", "BatchNorm"],
 )
 def test_what_a_plan_changes_is_found(make, gradients, buffers):
     model = make()
