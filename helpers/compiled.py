@@ -5,11 +5,12 @@ The compiler decides by itself what to recompute: it bounds the bytes that forwa
 meta tensors here, so no C++ compiler is asked for and nothing is allocated.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 from torch._functorch import config
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from helpers.checkpointing import Plan
 from helpers.dry_run import as_on, meta_batch, meta_model
@@ -71,7 +72,8 @@ def _report(
 ) -> StepReport:
     if not 0 <= memory_budget <= 1:
         raise ValueError(f"memory_budget is a share from 0 to 1, not {memory_budget}")
-    x = batch if isinstance(batch, torch.Tensor) else batch[0]
+    training_step(model, batch, loss)  # which says what is wrong with a batch
+    x = batch[0] if isinstance(batch, tuple | list) else batch
     compiled = CompiledModel(model, x, memory_budget)
     step = training_step(compiled, batch, loss)
     step()  # the first call does more than later ones
@@ -87,31 +89,42 @@ class CompiledModel(nn.Module):
     Dynamo would not run them while ``record_timeline`` watches the operators.
     """
 
-    def __init__(
-        self, model: nn.Module, x: torch.Tensor, memory_budget: float = 1.0
-    ) -> None:
+    def __init__(self, model: nn.Module, x: object, memory_budget: float = 1.0) -> None:
+        """Compile it for ``x``, or for a dict of keyword arguments."""
         super().__init__()
         self.model, self._calls = model, []
         torch._dynamo.reset()  # else it would take the graphs of another budget
         with config.patch(activation_memory_budget=memory_budget):
-            torch.compile(model, backend=self._compile)(x)
+            compiled = torch.compile(model, backend=self._compile)
+            output = compiled(**x) if isinstance(x, Mapping) else compiled(x)
         torch._dynamo.reset()
         if len(self._calls) != 1:
             raise ValueError(
                 f"this model is compiled into {len(self._calls)} graphs; a model that "
                 "is one graph is needed"
             )
+        self._leaves, self._form = tree_flatten(output)
+        places = {id(made): place for place, made in enumerate(self._made)}
+        self._places = [places.get(id(leaf)) for leaf in self._leaves]
+        self._leaves = [None if id(one) in places else one for one in self._leaves]
+        del self._made
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: list) -> Callable:
         compiled = torch._dynamo.lookup_backend(BACKEND)(graph, inputs)
 
         def run(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
             self._calls.append((compiled, args))
-            return compiled(*args)
+            self._made = compiled(*args)
+            return self._made
 
         return run
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, *_: object, **__: object) -> object:
         """Run the graph on the input that it was compiled with."""
         ((compiled, args),) = self._calls
-        return compiled(*args)[0]
+        made = compiled(*args)
+        leaves = [
+            leaf if place is None else made[place]
+            for leaf, place in zip(self._leaves, self._places, strict=True)
+        ]
+        return tree_unflatten(leaves, self._form)

@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 from helpers.compiled import CompiledModel, measure_compiled, predict_compiled
 from helpers.measure import predict, training_step
@@ -87,6 +88,60 @@ def test_a_batch_with_targets():
     target = torch.empty(ROWS, dtype=torch.long, device="meta")
     report = predict_compiled(mlp, (x, target), 0.5)
     assert report.peak_bytes > predicted(mlp, 0.5).peak_bytes  # the softmax
+
+
+class Outputs(nn.Module):
+    """Takes keyword arguments, and returns several things."""
+
+    def __init__(self, form) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)
+        self.form = form
+
+    def forward(self, x, *, scale=1.0):
+        hidden = nn.functional.gelu(self.first(x * scale))
+        return self.form(self.last(hidden), hidden, x)
+
+
+FORMS = [
+    lambda out, hidden, x: out,
+    lambda out, hidden, x: (out, hidden),
+    lambda out, hidden, x: {"logits": out, "none": None, "n": 3, "hidden": [hidden]},
+    lambda out, hidden, x: (out, x),
+    lambda out, hidden, x: (out, out.flatten(), out),
+]
+
+
+@pytest.mark.parametrize(
+    ("form", "scale", "has_target"),
+    [(FORMS[0], {}, True), (FORMS[2], {"scale": 2.0}, False)]
+    + [(FORMS[1], {"scale": torch.ones(WIDTH)}, True)],
+)
+def test_batches_and_outputs_of_every_form(form, scale, has_target):
+    model, x = Outputs(form), {"x": torch.randn(32, WIDTH), **scale}
+    target = torch.zeros(32, dtype=torch.long)
+    batch = (x, target) if has_target else x
+    report = predict_compiled(model, batch)
+    assert report.peak_bytes == measure_compiled(model, batch).peak_bytes
+    if not scale:
+        assert predict_compiled(model, (x["x"], target)).to_dict() == report.to_dict()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_outputs_come_back_in_their_form(form):
+    model, x = Outputs(form), torch.randn(32, WIDTH)
+    found, expected = CompiledModel(model, {"x": x})(x=x), model(x=x)
+    leaves, how = tree_flatten(expected)
+    found, same_form = tree_flatten(found)
+    assert same_form == how
+    for one, other in zip(found, leaves, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_batch_that_is_none_is_refused():
+    for batch in (torch.ones(1), torch.ones(1), 3), {3}:
+        with pytest.raises(ValueError, match="a batch is a tensor x"):
+            measure_compiled(mlp(), batch)
 
 
 def test_a_model_is_left_as_it_was():

@@ -105,7 +105,7 @@ def refuse_opaque(model: nn.Module, has_data: bool = False) -> None:
         kind = type(module).__module__
         if "_orig_mod" in module._modules or module._compiled_call_impl:
             why = "is compiled, and would run uncompiled while it is watched: give the "
-            why += "model that torch.compile was given, or use helpers.compiled"
+            why += "model before that, here or to helpers.compiled"
         elif has_data:
             continue
         elif isinstance(module, torch.jit.ScriptModule):
