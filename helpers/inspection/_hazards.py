@@ -1,16 +1,14 @@
-"""What is not safe inside a checkpointed segment, found while a forward pass runs.
+"""What is not safe inside a checkpointed segment, or not what one expects there.
 
 Backward runs a segment a second time. What a forward changes besides its output is
-then changed twice, and numbers that ``torch`` does not draw are drawn anew.
-
-Not found: numbers from a generator that no module holds, from the system or the clock,
-or that a library draws in C; and state that is kept outside of the modules.
+then changed twice, what it reads may have changed meanwhile, and numbers that ``torch``
+does not draw are drawn anew.
 """
 
 import contextlib
 import random
 import sys
-import weakref
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,26 +18,141 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from helpers.checkpointing import Undo
-from helpers.timeline import tensors_in
 
-Storages = weakref.WeakKeyDictionary
+Effect = Literal["gradients", "state", "error", ""]
+_WORSE = ["", "state", "error", "gradients"]
 
 
 @dataclass(frozen=True)
 class Hazard:
-    """Why a module is not safe in a segment, or not what one expects there."""
+    """Why a module is not safe in a segment, or not what one expects there.
+
+    Attributes:
+        name: of the module that it is about.
+        effect: what a plan with it does: other gradients, without an error; another
+            state of the model after the step; an error in backward; or neither.
+        within: the modules that suffer, if they are checkpointed.
+    """
 
     name: str
     kind: Literal[
-        "statistics", "in place", "randomness", "hook", "state", "shared", "prediction"
+        "statistics",
+        "in place",
+        "randomness",
+        "hook",
+        "state",
+        "argument",
+        "values",
+        "shared",
+        "prediction",
+        "unknown",
     ]
     sentence: str = field(compare=False)
+    effect: Effect = field(default="", compare=False)
+    within: frozenset[str] = field(default=frozenset(), compare=False)
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether a plan with it gives other gradients or leaves another state."""
+        return self.effect in ("gradients", "state")
 
     def __str__(self) -> str:
         return self.sentence
 
 
-def standing_hazards(model: nn.Module) -> list[Hazard]:
+class Findings:
+    """What is found in a model, each thing once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules())
+        self.hazards: dict[tuple[str, str], Hazard] = {}
+        self.changed_in_place: dict[str, Effect] = {}  # by name
+        self.drawn: set[str] = set()  # whose random numbers are others, by name
+        for name, kind, sentence in _standing(model):
+            within = around(name)
+            if kind in ("hook", "prediction"):
+                within = within[1:] * (kind == "hook")
+            effect = "gradients" if kind == "randomness" else ""
+            self.add(name, kind, sentence, effect, *within)
+
+    def add(
+        self, name: str, kind: str, sentence: str, effect: Effect, *within: str
+    ) -> None:
+        """Note something, or that more modules suffer, or suffer worse."""
+        old = self.hazards.get((name, kind))
+        if old and _WORSE.index(old.effect) >= _WORSE.index(effect):
+            sentence, effect = old.sentence, old.effect
+        suffer = frozenset(within) | (old.within if old else frozenset())
+        sentence = sentence.replace("{}", _called(name), 1)
+        made = Hazard(name, kind, sentence, effect, suffer)
+        self.hazards[name, kind] = made
+
+    def random(self, name: str) -> None:
+        """Note that a module draws numbers that checkpoint does not put back."""
+        self.drawn.add(name)
+        others = "{} draws random numbers outside torch: recomputation draws others"
+        self.add(name, "randomness", others, "gradients", *around(name))
+
+    def in_place(self, name: str, op: str, later: bool) -> None:
+        """Note that a module's input is changed, by itself or later."""
+        if name:
+            what = f"{{}} changes its input in place ({op})"
+            if later:
+                what = f"the input of {{}} is changed in place later ({op})"
+            sentence = f"{what}: no segment can start with it"
+            self.add(name, "in place", sentence, "", name)
+            self.changed_in_place.setdefault(name, "error")
+
+    def drop_in_place(self, names: set[str]) -> None:
+        """Keep of the changed inputs those of modules that are run again."""
+        for name, effect in self.changed_in_place.items():
+            old = self.hazards.pop((name, "in place"))
+            if name in names:
+                self.add(name, "in place", old.sentence, effect, name)
+
+    def argument(self, name: str, effect: Effect) -> None:
+        """Note that what a module was given holds something else in backward."""
+        changed = (
+            "what {} is given is changed during forward: a segment that starts with it "
+            "computes with what is in it by then; give it a copy, or return a new one"
+        )
+        self.add(name, "argument", changed, effect, name)
+
+    def state(
+        self, name: str, key: str, effect: Effect, within: str, itself: bool
+    ) -> None:
+        """Note that what a module holds is another in backward, or after it."""
+        module = self.modules[name]
+        kind, what = "state", f"changes its attribute {key!r}"
+        end = "in a segment, it does so twice"
+        if not itself:
+            kind, what = "values", f"has another {key!r} by the time of backward"
+            end = "a segment computes with that; hand it over as an argument"
+        elif key in module._buffers:
+            is_norm = isinstance(module, _NormBase)
+            changed = "running statistics" if is_norm else f"buffer {key!r}"
+            kind, what = "statistics", f"updates its {changed}"
+            end = "in a segment, every batch counts twice"
+        if itself and effect != "state":
+            end += ", and gradients are wrong"
+        self.add(name, kind, f"{{}} {what}: {end}", effect, within)
+
+    def other(self, name: str, effect: Effect) -> None:
+        """Note that a module computes something else the second time."""
+        differs = (
+            "{} does not compute the same when backward runs it again: it reads what "
+            "changes meanwhile outside of it; hand that over as an argument"
+        )
+        self.add(name, "values", differs, effect, name)
+
+
+def around(name: str) -> list[str]:
+    """List a module's name and those of the modules around it."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+
+
+def _standing(model: nn.Module) -> Iterator[tuple[str, str, str]]:
     """Find what can be seen without a run: hooks, generators, modules used twice.
 
     And the modules whose bytes no dry run knows.
@@ -47,38 +160,32 @@ def standing_hazards(model: nn.Module) -> list[Hazard]:
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
-    return [
-        Hazard(name, kind, sentence)
-        for name, module in model.named_modules()
-        for kind, sentence in _standing(name, module, names[id(module)])
-    ]
-
-
-def _standing(
-    name: str, module: nn.Module, names: list[str]
-) -> Iterator[tuple[str, str]]:
-    who = _called(name)
-    if name and (module._forward_hooks or module._forward_pre_hooks):
-        yield "hook", f"{who} has a forward hook: a segment around it runs it twice"
-    if isinstance(module, nn.RNNBase):
-        yield (
-            "prediction",
-            f"{who} is recurrent: its kernels keep bytes of their own choice, so a "
-            "prediction may be off; measure it",
-        )
-    for attribute, value in vars(module).items():
-        if _is_generator(value):
-            yield (
-                "randomness",
-                f"{who} has a random generator of its own ({attribute!r}): "
-                "recomputation draws other numbers",
+    for name, module in model.named_modules():
+        if name and (module._forward_hooks or module._forward_pre_hooks):
+            twice = "{} has a forward hook: a segment around it runs it twice"
+            yield name, "hook", twice
+        if isinstance(module, nn.RNNBase):
+            own = (
+                "{} is recurrent: its kernels keep bytes of their own choice, so a "
+                "prediction may be off; measure it"
             )
-    if len(names) > 1:
-        listed = " and ".join(map(repr, names))
-        yield "shared", f"{listed} are one module: a box on it checkpoints all its uses"
+            yield name, "prediction", own
+        for attribute, value in vars(module).items():
+            if _is_generator(value):
+                others = (
+                    f"{{}} has a random generator of its own ({attribute!r}): "
+                    "recomputation draws other numbers"
+                )
+                yield name, "randomness", others
+        if len(names[id(module)]) > 1:
+            listed = " and ".join(map(repr, names[id(module)]))
+            one = f"{listed} are one module: a box on it checkpoints all its uses"
+            yield name, "shared", one
 
 
 def _is_generator(value: object) -> bool:
+    if type(value) in (bool, int, float, OrderedDict, dict):  # most are
+        return False
     numpy = sys.modules.get("numpy")
     kinds = (numpy.random.Generator, numpy.random.RandomState) if numpy else ()
     return isinstance(value, (torch.Generator, random.Random, *kinds))
@@ -86,87 +193,6 @@ def _is_generator(value: object) -> bool:
 
 def _called(name: str) -> str:
     return repr(name) if name else "the model"
-
-
-class Frame:
-    """One call of a module, and how things stood when it began."""
-
-    def __init__(self, name: str, module: nn.Module, inputs: object) -> None:
-        self.name, self.module = name, module
-        self.inputs = weakref.WeakSet(x.untyped_storage() for x in tensors_in(inputs))
-        self.random = random_states()
-        self.attributes = _attributes(module)
-        self.drawn_inside = False
-
-
-class HazardWatch:
-    """Notes what each module's forward does besides its output."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.found: dict[Hazard, None] = dict.fromkeys(standing_hazards(model))
-        # By storage: the modules that have read it, and the buffer that it holds.
-        self.readers: Storages[list[str]] = Storages()
-        self.buffers: Storages[tuple[str, str]] = Storages(
-            (buffer.untyped_storage(), (owner, name))
-            for owner, module in model.named_modules()
-            for name, buffer in module.named_buffers(recurse=False)
-        )
-
-    def add(self, name: str, kind: str, sentence: str) -> None:
-        """Note a hazard; the sentence has a place for the module's name."""
-        self.found.setdefault(Hazard(name, kind, sentence.format(_called(name))))
-
-    def operator(self, func, args: tuple, frames: list[Frame]) -> None:
-        """Look at one operator: whether it writes on an input, or on a buffer."""
-        if not func._schema.is_mutable:
-            return
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.alias_info and argument.alias_info.is_write:
-                for tensor in tensors_in(value):
-                    self._written(func, tensor.untyped_storage(), frames)
-
-    def _written(
-        self, func, storage: torch.UntypedStorage, frames: list[Frame]
-    ) -> None:
-        op, so = func.overloadpacket.__name__, "no segment can start with it"
-        for frame in frames:
-            if storage in frame.inputs and frame.name:
-                changes = f"{{}} changes its input in place ({op}): {so}"
-                self.add(frame.name, "in place", changes)
-        for name in self.readers.get(storage, ()):
-            changed = f"the input of {{}} is changed in place later ({op}): {so}"
-            self.add(name, "in place", changed)
-        if storage in self.buffers:
-            owner, buffer = self.buffers[storage]
-            self.statistics(owner, frames[-1].module if frames else None, buffer)
-
-    def statistics(self, name: str, module: nn.Module | None, buffer: str) -> None:
-        """Note a buffer that forward changes; a norm's statistics go by one name."""
-        is_norm = isinstance(module, _NormBase)
-        what = "running statistics" if is_norm else f"buffer {buffer!r}"
-        twice = f"{{}} updates its {what}: in a segment, every batch counts twice"
-        self.add(name, "statistics", twice)
-
-    def leave(self, frame: Frame, outer: Frame | None) -> None:
-        """Compare how things stand after a module's call with how they stood."""
-        module = frame.module
-        if frame.name:
-            for storage in frame.inputs:
-                self.readers.setdefault(storage, []).append(frame.name)
-        is_norm = isinstance(module, _NormBase) and module.training
-        if is_norm and module.track_running_stats:
-            self.statistics(frame.name, module, "running_mean")
-        drawn = random_states() != frame.random
-        if drawn and not frame.drawn_inside:
-            others = "{} draws random numbers outside torch: recomputation draws others"
-            self.add(frame.name, "randomness", others)
-        if drawn and outer:
-            outer.drawn_inside = True
-        for key, value in _attributes(module).items():
-            if frame.attributes.get(key) != value:
-                twice = "{} changes its attribute %r: in a segment, it does so twice"
-                self.add(frame.name, "state", twice % key)
-                break
 
 
 def random_states() -> tuple:
@@ -187,13 +213,3 @@ def random_states_kept() -> Iterator[None]:
         if numpy:
             undo.callback(numpy.random.set_state, numpy.random.get_state())
         yield
-
-
-def _attributes(module: nn.Module) -> dict[str, object]:
-    """Read a module's plain attributes; of a list or dict its length."""
-    return {
-        key: len(value) if isinstance(value, list | dict) else value
-        for key, value in vars(module).items()
-        if isinstance(value, bool | int | float | str | list | dict)
-        and not key.startswith("_")
-    }

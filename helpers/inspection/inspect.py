@@ -4,17 +4,18 @@ One dry run on meta tensors tells it all, so a model of any size will do, and no
 allocated. A module can be ticked if its forward is called.
 """
 
-import copy
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from helpers.checkpointing import Plan
-from helpers.dry_run import as_on, meta_batch, meta_model
+from helpers.dry_run import GivenOptimizer, as_on
+from helpers.inspection._again import hazards_in
 from helpers.inspection._calls import Calls
 from helpers.inspection._hazards import random_states_kept
 from helpers.inspection.tree import Inspection, Layer
-from helpers.measure import Loss, Misfit, failing_layer, report_of, training_step
+from helpers.measure import Loss, Step, report_of, training_step
 from helpers.timeline import Timeline
 
 
@@ -23,6 +24,9 @@ def inspect_model(
     batch: object,
     *,
     loss: Loss | None = None,
+    optimizer: GivenOptimizer = None,
+    autocast: torch.dtype | None = None,
+    step: Step | None = None,
     device: str = "cuda",
 ) -> Inspection:
     """Run one step on meta tensors, and tell what is inside the model.
@@ -41,36 +45,35 @@ def inspect_model(
         ValueError: if the model has no parameters, fails, looks at values, or returns
             nothing that requires a gradient; names the module.
     """
-    with as_on(device) as imagined, random_states_kept():
-        model, batch = _copied(model_or_factory), meta_batch(batch)
-        step, calls = training_step(model, batch, loss), Calls(model)
-        try:
-            with calls.watching():
-                timeline = imagined.record(step, model, batch, observers=[calls])
-        except Exception as error:
-            raise ValueError(_failure(error, model)) from None
+    with as_on(device, autocast) as imagined, random_states_kept():
+        given = model_or_factory, batch, loss, step
+        model, batch, loss, step = imagined.stand_ins(*given)
+        _check_trains(model)
+        made = imagined.optimizer(optimizer, model)
+        run = training_step(model, batch, loss, made, autocast, step)
+        hazards = hazards_in(run, model, imagined.run)
+        calls = Calls(model)
+        if made or step:  # the first makes what stays
+            imagined.record(run, model, batch, made)
+        timeline = imagined.record(run, model, batch, made, [calls])
     chains, breaks = calls.chains()
     return Inspection(
         model=type(model).__name__,
         layers=_layers(calls, timeline),
         chains=tuple(chains),
         breaks=breaks,
-        hazards=tuple(calls.hazards.found),
+        hazards=tuple(hazards),
         report=report_of(timeline, Plan(), imagined.device, "predicted"),
     )
 
 
-def _copied(model_or_factory: nn.Module | Callable[[], nn.Module]) -> nn.Module:
-    """Copy a model that has something to train to the meta device."""
-    model = meta_model(model_or_factory)
-    if model is model_or_factory:
-        model = copy.deepcopy(model)  # a forward may change more than tensors
+def _check_trains(model: nn.Module) -> None:
+    """Refuse a model without anything to train."""
     if next(model.parameters(), None) is None:
         raise ValueError(
             f"{type(model).__name__} has no parameters, so there is nothing to train "
             "or to checkpoint"
         )
-    return model
 
 
 def _layers(calls: Calls, timeline: Timeline) -> dict[str, Layer]:
@@ -99,20 +102,3 @@ def kept_by_module(timeline: Timeline) -> dict[str, int]:
                 kept[name] = kept.get(name, 0) + allocation.bytes
                 name = name.rpartition(".")[0]
     return kept
-
-
-def _failure(error: Exception, model: nn.Module) -> str:
-    """Say in one sentence why a step could not be run."""
-    name = type(model).__name__
-    reason = str(error).strip().splitlines()[0] if str(error) else "no reason given"
-    if "requires a grad" in reason or "require a grad" in reason:
-        return f"{name} returns nothing that requires a gradient: {reason}"
-    if isinstance(error, Misfit):
-        return reason
-    where = failing_layer(error, model) or "its backward"
-    if isinstance(error, NotImplementedError):
-        return (
-            f"{name} cannot be run without data: {where} uses an operator whose "
-            "result depends on values; measure it"
-        )
-    return f"{name} fails at {where}: {type(error).__name__}: {reason}"

@@ -156,11 +156,11 @@ def _next_number(name: str) -> str:
 
 
 def _touches(hazard: Hazard, plan: Plan) -> bool:
-    """Say whether a hazard lies in one of a plan's segments, or is one's start."""
+    """Say whether a hazard is one of a plan's segments, or of their starts."""
     if hazard.kind == "in place":
-        return any(hazard.name == segment[0] for segment in plan.segments)
-    return hazard.kind != "prediction" and any(
-        hazard.name.startswith(f"{name}.")
-        or (hazard.name == name and hazard.kind != "hook")
-        for name in plan.names
+        return any(segment[0] in hazard.within for segment in plan.segments)
+    return any(
+        not hazard.within.isdisjoint(segment)
+        or (len(segment) > 1 and hazard.within and hazard.name in segment)
+        for segment in plan.segments
     )
