@@ -22,6 +22,11 @@ from helpers.checkpointing import Undo
 from helpers.planner.chain import NEVER, Chain, on_cpu
 
 STRIDE = 16  # stages between two places where a part of the gap is spent
+MANY = 100_000  # labels from which on a plan without a gap is given up
+
+
+class TooManyLabels(Exception):
+    """Sizes that double make plans that no other beats, twice as many a stage."""
 
 
 class Front(NamedTuple):
@@ -88,13 +93,17 @@ def one_thread() -> Iterator[None]:
 
 
 def find_fronts(
-    chain: Chain, room_bytes: int, gap: float, most: int = NEVER
+    chain: Chain, room_bytes: int, gap: float, most: int = NEVER, stride: int = STRIDE
 ) -> list[Front]:
     """Find the labels before each stage, from the end on.
 
     Args:
         room_bytes: what the stages may need together.
         most: what they may cost.
+        stride: how many stages lie between two where a part of the gap is spent.
+
+    Raises:
+        TooManyLabels: if there are too many, without a gap.
     """
     n, nothing = len(chain), on_cpu([0])
     room = [room_bytes - held for held in _least_held(chain, room_bytes)]
@@ -105,7 +114,7 @@ def find_fronts(
     held = chain.segment_held.max(0).values
     fronts = [Front(on_cpu([chain.loss_need(False)]), nothing, nothing, nothing)]
     ending = Front(on_cpu([chain.loss_need(True)]), nothing, nothing, nothing)
-    thinning = range(0, n, STRIDE)
+    thinning = range(0, n, stride)
     for first in reversed(range(n)):
         cost = ending.cost + (cost_before[first] + last[first])
         segments.add(first, ending.need + held[first], cost, cost_before[first] + most)
@@ -118,6 +127,8 @@ def find_fronts(
         if gap and first in thinning:
             ratio = (1 + gap) ** (1 / len(thinning))
             ending = thinned(ending, ratio, n + 1)
+        if len(ending.need) > MANY and not gap:
+            raise TooManyLabels
         fronts.append(ending)
     other = chain.other_peak_bytes - chain.static_bytes
     need = fronts[-1].need.clamp(min=other)
@@ -180,6 +191,6 @@ def _whole_costs(chain: Chain) -> tuple[list[int], list[int]]:
         math.gcd(*(cost.numerator for cost in full + last)) or 1,
         math.lcm(*(cost.denominator for cost in full + last)),
     )
-    unit = max(unit, sum(full + last) * (n + 1) / 2**61)
+    unit = max(unit, sum(full + last) * (n + 1) / 2**59)  # all in all below NEVER
     full = [round(cost / unit) * (n + 1) for cost in full]
     return full, [round(cost / unit) * (n + 1) + 1 for cost in last]

@@ -164,7 +164,12 @@ class _Watcher:
     def marks(self) -> Marks:
         """Freeze the notes."""
         stages, end = self.stages, self.backward_end
-        there = [self.gradients.get(name, end) for name in stages]
+        there = [self.gradients.get(name) for name in stages]
+        first = next((i for i, mark in enumerate(there) if mark), len(there))
+        there[:first] = [end] * first
+        for place in reversed(range(first, len(there))):
+            if there[place] is None:  # of a view that is written on: as the next one's
+                there[place] = there[place + 1] if there[place + 1 :] else there[first]
         ends = zip(stages, there, [end, *there], strict=False)
         return Marks(
             sum(it.bytes for it in self.tracker.before),

@@ -17,6 +17,7 @@ from torch import nn
 from helpers.checkpointing import Plan, Undo, checkpointed
 from helpers.measure import (
     Loss,
+    Step,
     left_as_found,
     placed,
     random_numbers_kept,
@@ -35,12 +36,13 @@ def in_milliseconds(
     batch: object,
     loss: Loss | None,
     autocast: torch.dtype | None,
+    own_step: Step | None,
     device: str,
 ) -> Chain:
     """Make milliseconds, measured on a device, the costs of a chain's stages."""
     device = usable_device(model, device)
     model, batch, loss = placed(model, device, batch, loss)
-    step = training_step(model, batch, loss, autocast=autocast)
+    step = training_step(model, batch, loss, autocast=autocast, step=own_step)
     with left_as_found(model, trains=False), random_numbers_kept(), torch.enable_grad():
         medians_ms = _medians_ms(chain, model, step, device)
 

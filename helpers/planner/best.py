@@ -7,16 +7,18 @@ arXiv 1911.13214), without nested segments.
 """
 
 import math
+import warnings
 from fractions import Fraction
 
 import torch
 
 from helpers.checkpointing import Plan
-from helpers.planner._fronts import Front, find_fronts, one_thread
+from helpers.planner._fronts import Front, TooManyLabels, find_fronts, one_thread
 from helpers.planner.chain import NEVER, Chain, on_cpu
-from helpers.units import format_bytes
+from helpers.units import format_bytes, parse_bytes
 
 LONG, ROUGH_GAP = 200, 0.25  # stages from which on a rough plan comes first
+LAST_GAP = 0.02  # where the best plan would take too long to find
 
 
 class InfeasibleBudget(ValueError):
@@ -34,29 +36,60 @@ class InfeasibleBudget(ValueError):
 
 
 @one_thread()
-def best_plan(chain: Chain, budget_bytes: int, *, gap: float = 0.0) -> Plan:
+def best_plan(chain: Chain, budget_bytes: int | str, *, gap: float = 0.0) -> Plan:
     """Find the plan of least recompute cost whose peak fits the budget.
 
     Of plans that cost the same it is one of the lowest peak, and of those one with the
     fewest segments.
 
     Args:
+        budget_bytes: bytes, or "8 GiB".
         gap: 0.01 for a plan that costs at most 1 % more than the best, found sooner
             in a long chain: its cost / 1.01 bounds the cost of every plan that fits.
 
     Raises:
         InfeasibleBudget: if no plan fits; says what is the least that does.
+
+    Where sizes double from stage to stage, nearly every plan has its own budget; then
+    the gap is 2 %, and a warning says so.
     """
-    least = least_peak_bytes(chain)
+    least, budget_bytes = least_peak_bytes(chain), _whole(budget_bytes)
     if budget_bytes < least:
         raise InfeasibleBudget(budget_bytes, least)
     room_bytes, most = budget_bytes - chain.static_bytes, NEVER
     if len(chain) > LONG:  # a rough plan bounds the cost of what to look at
-        rough = int(find_fronts(chain, room_bytes, ROUGH_GAP)[0].cost[-1])
-        rough += len(chain) - rough % (len(chain) + 1)  # with any number of segments
-        most = math.ceil(rough * Fraction(1 + gap))
-    fronts = find_fronts(chain, room_bytes, gap, most)
+        most = _most(chain, find_fronts(chain, room_bytes, ROUGH_GAP), gap)
+    try:
+        fronts = find_fronts(chain, room_bytes, gap, most)
+    except TooManyLabels:
+        fronts = find_fronts(chain, room_bytes, LAST_GAP, most, stride=1)
+        try:
+            most = _most(chain, fronts, gap)
+            fronts = find_fronts(chain, room_bytes, gap, most)
+        except TooManyLabels:
+            _warn_of_a_gap()
     return _plan_of(chain, fronts, _distinct(chain, fronts[0])[-1])
+
+
+def _most(chain: Chain, fronts: list[Front], gap: float) -> int:
+    """Bound the cost of labels by that of a plan, with any number of segments."""
+    cost = int(fronts[0].cost[-1])
+    cost += len(chain) - cost % (len(chain) + 1)
+    return math.ceil(cost * Fraction(1 + gap))
+
+
+def _whole(budget_bytes: int | str) -> int:
+    """Take any whole number, also one that no plan fits; read a text."""
+    is_whole = isinstance(budget_bytes, int) and not isinstance(budget_bytes, bool)
+    return budget_bytes if is_whole else parse_bytes(budget_bytes)
+
+
+def _warn_of_a_gap() -> None:
+    warnings.warn(
+        "the sizes of this chain's stages double, so that there are too many plans to "
+        f"compare; what is found costs at most {LAST_GAP:.0%} more than the best",
+        stacklevel=4,
+    )
 
 
 @one_thread()
@@ -72,7 +105,11 @@ def pareto(
             one at no cost; default: all plans on the front.
         gap: as in ``best_plan``.
     """
-    fronts = find_fronts(chain, NEVER, gap)
+    try:
+        fronts = find_fronts(chain, NEVER, gap)
+    except TooManyLabels:
+        fronts = find_fronts(chain, NEVER, LAST_GAP, stride=1)
+        _warn_of_a_gap()
     places, needs = _distinct(chain, fronts[0]), fronts[0].need
     if points is not None and points < len(places):
         low, high = needs[places[0]].item(), needs[places[-1]].item()

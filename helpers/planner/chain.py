@@ -20,8 +20,10 @@ Herrmann, Joly, Shilova, "Optimal checkpointing for heterogeneous chains", ACM T
 """
 
 import functools
+import math
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
+from fractions import Fraction
 
 import torch
 
@@ -72,6 +74,17 @@ class Stage:
         ):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, usual)
+        for name, value in vars(self).items():
+            is_cost = name.endswith("_cost")
+            is_number = isinstance(value, int | float | Fraction)
+            if is_cost and not (is_number and 0 <= value < math.inf):
+                raise ValueError(
+                    f"{name} of stage {self.name!r} is a number from 0 up, not {value!r}"
+                )
+            if name.endswith("_bytes") and not isinstance(value, int):
+                raise ValueError(
+                    f"{name} of stage {self.name!r} is a whole number, not {value!r}"
+                )
 
 
 @dataclass(frozen=True)

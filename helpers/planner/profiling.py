@@ -7,7 +7,7 @@ recomputing it needs at the start, inside and at the end of a segment.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import nn
@@ -19,8 +19,8 @@ from helpers.checkpointing import (
     listed_after,
     segments_of,
 )
-from helpers.dry_run import Imagined, as_on, meta_batch, meta_model
-from helpers.measure import Loss, OptimizerFactory, training_step
+from helpers.dry_run import Imagined, as_on
+from helpers.measure import GivenOptimizer, Loss, Step, training_step
 from helpers.planner._marks import Marks, watch
 from helpers.planner._stage_bytes import Runs
 from helpers.planner._stage_times import in_milliseconds
@@ -35,15 +35,16 @@ def profile(
     *,
     parent: str | None = None,
     loss: Loss | None = None,
-    optimizer: OptimizerFactory | None = None,
+    optimizer: GivenOptimizer = None,
     autocast: torch.dtype | None = None,
+    step: Step | None = None,
     device: str = "cuda",
     measured: bool = False,
 ) -> Chain:
     """Find what each layer of a chain needs and costs.
 
     Args:
-        model, batch, loss, optimizer, device: as in ``predict``.
+        model, batch, loss, optimizer, step, device: as in ``predict``.
         autocast: as in ``predict``. It keeps parameters' casts for the whole forward,
             which no stage shows, so that the chain's peaks are estimates.
         parent: the ``nn.Sequential`` or ``nn.ModuleList`` whose children are the
@@ -55,17 +56,18 @@ def profile(
         ValueError: if the model holds no chain, or its layers do not feed each other.
     """
     with as_on(device, autocast) as imagined:
-        meta, fake = meta_model(model), meta_batch(batch)
+        given = model, batch, loss, step
+        meta, fake, loss_there, own = imagined.stand_ins(*given)
         parent = chain_parent(meta) if parent is None else parent
         prefix = f"{parent}." * bool(parent)
         names = [prefix + name for name in meta.get_submodule(parent)._modules]
         made = imagined.optimizer(optimizer, meta)
-        step = training_step(meta, fake, loss, made, autocast)
-        chain = _dry_runs(imagined, step, meta, fake, made, names)
+        run = training_step(meta, fake, loss_there, made, autocast, own)
+        chain = _dry_runs(imagined, run, meta, fake, made, names)
     if not measured:
         return chain
     real = model if isinstance(model, nn.Module) else model()
-    return in_milliseconds(chain, real, batch, loss, autocast, device)
+    return in_milliseconds(chain, real, batch, loss, autocast, step, device)
 
 
 def _dry_runs(
@@ -86,11 +88,15 @@ def _dry_runs(
             return watch(step, model, names, tracker)
 
     feeds = Feeds(model, names)
-    if optimizer:  # its first step makes its state
-        imagined.record(step, model, batch, optimizer)
+    imagined.record(step, model, batch, optimizer)  # the first makes what stays
     plain = run(Plan(), feeds.following_chain()(step))
     starting = [name for name in names if name not in feeds.in_place()]
-    alone, joined_plan = run(Plan.alone(starting)), _joined(feeds)
+    try:
+        alone = run(Plan.alone(starting))
+    except ValueError:  # an input that somebody changes later cannot be used again
+        starting = [name for name in starting if _runs(run, name)]
+        alone = run(Plan.alone(starting))
+    joined_plan = _joined(feeds, starting)
     try:
         joined = run(joined_plan)
     except ValueError:  # a ModuleList whose owner does more than feed one to the next
@@ -122,7 +128,15 @@ def chain_parent(model: nn.Module) -> str:
     return longest
 
 
-def _joined(feeds: Feeds) -> Plan:
+def _runs(run: Callable[[Plan], Marks], name: str) -> bool:
+    """Say whether a layer can be checkpointed alone."""
+    try:
+        return bool(run(Plan.alone([name])))
+    except ValueError:
+        return False
+
+
+def _joined(feeds: Feeds, starting: Collection[str]) -> Plan:
     """Join neighbours into segments as long as can be."""
 
     def joins(before: str, name: str) -> bool:
@@ -130,9 +144,8 @@ def _joined(feeds: Feeds) -> Plan:
         fed = follows(model, before, name) or listed_after(model, before, name)
         return fed and before not in feeds.used_elsewhere
 
-    cannot_start = feeds.in_place().__contains__
     segments = (
-        tuple(itertools.dropwhile(cannot_start, segment))
+        tuple(itertools.dropwhile(lambda name: name not in starting, segment))
         for segment in segments_of(feeds.names, joins).segments
     )
     return Plan(tuple(filter(None, segments)))
