@@ -107,7 +107,8 @@ def _call(func: torch._ops.OpOverload, devices: frozenset[str], keys, *args, **k
         if name in RESULT[device]:
             if not _is_cast(args[0]) or _dtype_given(func, args, kwargs):
                 return func(*args, **kwargs)
-            return func.overloadpacket(*args, **kwargs | {"dtype": torch.float32})
+            kwargs |= {"dtype": torch.float32}
+            return func.overloadpacket(*args, *_left_out(func, args, kwargs), **kwargs)
         dtype = lower if name in LOWER else torch.float32
         if name in WIDEST[device]:
             dtype = torch.float32 if torch.float32 in _dtypes(args) else lower
@@ -127,6 +128,12 @@ def _is_cast(value: object) -> bool:
 def _dtype_given(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> bool:
     names = [argument.name for argument in func._schema.arguments]
     return (dict(zip(names, args, strict=False)) | kwargs).get("dtype") is not None
+
+
+def _left_out(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> list:
+    """List the defaults of arguments left out, which another overload does not know."""
+    others = func._schema.arguments[len(args) :]
+    return [one.default_value for one in others if one.name not in kwargs]
 
 
 def _dtypes(value: object) -> set[torch.dtype]:

@@ -63,6 +63,7 @@ def workspaces(operators: set[str]) -> tuple[str, ...]:
 _COMPOSITES = {
     "scaled_dot_product_attention": "attention",
     "group_norm": "layers",
+    "one_hot": "layers",
     "lstm.input": "layers",
     "gru.input": "layers",
     "rnn_tanh.input": "layers",

@@ -123,7 +123,7 @@ def _lstm_cell(step: Tensor, state: tuple, w_hh, b_hh, project=None) -> tuple:
     new, leave = gates[2].tanh_(), gates[3].sigmoid_()
     memory = (forget * memory).add_(enter * new)
     hidden = leave * memory.tanh()
-    return hidden if project is None else F.linear(hidden, project), memory
+    return hidden if project is None else hidden @ project.t(), memory
 
 
 def _by_one_dnn(
@@ -210,3 +210,15 @@ class _GroupNorm(torch.autograd.Function):
             grad, x, mean, rstd, weight, *ctx.sizes, [asked, *others]
         )
         return made[0], None, made[1], made[2], None
+
+
+def one_hot(input: Tensor, num_classes: int = -1) -> Tensor:
+    """Mark classes in zeros; a CPU looks for the least and the largest one before."""
+    if imagined_device.get() == "cpu":
+        _, largest = torch.aminmax(input)
+    elif num_classes == -1:
+        largest = input.max()
+    if num_classes == -1:
+        num_classes = int(largest) + 1
+    marks = input.new_zeros(*input.shape, num_classes)
+    return marks.scatter_(-1, input.unsqueeze(-1), 1)
