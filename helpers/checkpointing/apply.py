@@ -67,22 +67,12 @@ def checkpointed(
             ``context_fn`` that is none, or from the model where it fails.
     """
     check_fits(model, plan)
-    options = [use_reentrant, preserve_rng_state, early_stop]
-    if not all(isinstance(option, bool) for option in options):
-        raise PlanFault(
-            "use_reentrant, preserve_rng_state and early_stop are True or False, not "
-            + ", ".join(map(repr, options))
-        )
-    call = functools.partial(
-        checkpointing.checkpoint,  # looked up here: another may be put in its place
+    call = _call_with(
+        context_fn,
         use_reentrant=use_reentrant,
         preserve_rng_state=preserve_rng_state,
         early_stop=early_stop,
     )
-    if context_fn is not None:  # torch.compile cannot look into one of Python's own
-        from helpers.checkpointing._contexts import checked
-
-        call = functools.partial(call, context_fn=checked(context_fn, use_reentrant))
     shared = {name for segment in listed_segments(model, plan) for name in segment}
     with Undo() as undo:
         for name, run in _forwards(model, plan, call).items():
@@ -90,6 +80,21 @@ def checkpointed(
             undo.callback(forward.remove)
             vars(forward.module)["forward"] = forward
         yield model
+
+
+def _call_with(context_fn: Callable | None, **options: bool) -> Callable:
+    """Make what runs a function as one segment, with these options."""
+    for name, option in options.items():
+        if not isinstance(option, bool):
+            raise PlanFault(f"{name} is True or False, not {option!r}")
+    # Looked up here: another may be put in its place.
+    call = functools.partial(checkpointing.checkpoint, **options)
+    if context_fn is None:  # torch.compile cannot look into one of Python's own
+        return call
+    from helpers.checkpointing._contexts import checked
+
+    context_fn = checked(context_fn, options["use_reentrant"])
+    return functools.partial(call, context_fn=context_fn)
 
 
 def refuse_opaque(model: nn.Module, has_data: bool = False) -> None:

@@ -449,9 +449,13 @@ def test_what_are_no_names_says_so(names):
     [
         (None, {}, "plan=None is no plan"),
         ((("0", "1"),), {}, "is no plan"),
-        (Plan(), {"use_reentrant": None}, "True or False, not None, True, True"),
-        (Plan(), {"preserve_rng_state": 1}, "True or False, not False, 1, True"),
-        (Plan(), {"early_stop": "no"}, "True or False, not False, True, 'no'"),
+        (Plan(), {"use_reentrant": None}, "use_reentrant is True or False, not None"),
+        (
+            Plan(),
+            {"preserve_rng_state": 1},
+            "preserve_rng_state is True or False, not 1",
+        ),
+        (Plan(), {"early_stop": "no"}, "early_stop is True or False, not 'no'"),
     ],
 )
 def test_wrong_options_are_told(plan, options, words):
