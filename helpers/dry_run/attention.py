@@ -25,12 +25,16 @@ def scaled_dot_product_attention(
     if kernel is None or options.get("enable_gqa"):
         return composite.decompose(*arguments, **options)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        zero, never = (
-            torch.scalar_tensor(number, dtype=query.dtype, device="meta")
-            for number in (0.0, -torch.inf)
-        )
-        attn_mask = torch.where(attn_mask, zero, never)
+        attn_mask = _as_numbers(attn_mask, query.dtype)
     return kernel(*arguments[:3], attn_mask, dropout_p, is_causal, options.get("scale"))
+
+
+def _as_numbers(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    zero, never = (
+        torch.scalar_tensor(number, dtype=dtype, device="meta")
+        for number in (0.0, -torch.inf)
+    )
+    return torch.where(mask, zero, never)
 
 
 def _fused_kernel(
@@ -50,6 +54,7 @@ def _fused_kernel(
     if imagined_device.get() == "cpu":
         dense = query.shape[:2] == key.shape[:2] == value.shape[:2]
         fits = dense and len(heads) == 1 and dropout_p == 0
+        fits = fits and _mask_fits(attn_mask, query, key)
         return _cpu_flash if fits and switches.flash_sdp_enabled() else None
     is_half = query.dtype in _HALVES
     square = not is_causal or query.shape[2] == key.shape[2]
@@ -59,6 +64,16 @@ def _fused_kernel(
     aligned = all(size % (8 if is_half else 4) == 0 for size in heads)
     fits = aligned and query.dtype in (*_HALVES, torch.float32)
     return _efficient if fits and switches.mem_efficient_sdp_enabled() else None
+
+
+def _mask_fits(mask, query, key) -> bool:
+    """Say whether a CPU's fused kernel takes a mask: one that learns nothing."""
+    if mask is None:
+        return True
+    if mask.dim() not in (2, 4) or mask.requires_grad:
+        return False
+    sizes = (*query.shape[:3], key.shape[2])[-mask.dim() :]
+    return all(size in (1, full) for size, full in zip(mask.shape, sizes, strict=True))
 
 
 def _cpu_flash(query, key, value, attn_mask, dropout_p, is_causal, scale):
@@ -81,8 +96,8 @@ def _efficient(query, key, value, attn_mask, dropout_p, is_causal, scale):
     inputs = query, key, value
     if attn_mask is not None:
         columns = attn_mask.shape[-1]
-        if columns % 16:
-            attn_mask = F.pad(attn_mask, (0, -columns % 16))[..., :columns]
+        if columns % 8:
+            attn_mask = F.pad(attn_mask, (0, -columns % 8))[..., :columns]
         attn_mask = attn_mask.expand(*query.shape[:3], columns)
     keeps = any(tensor.requires_grad for tensor in inputs) and torch.is_grad_enabled()
     return _aten._scaled_dot_product_efficient_attention(

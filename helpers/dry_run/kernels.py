@@ -98,7 +98,7 @@ def as_ever(func: torch._ops.OpOverload, *args, **kwargs) -> torch.Tensor:
 
 
 def _mish_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Run Mish's backward as one operator, as devices have it; meta tensors have not."""
+    """Run Mish's backward as one operator, as devices do and meta tensors do not."""
     if imagined_device.get() is None:
         return as_ever(_aten.mish_backward.default, gradient, x)
     with torch._C._AutoDispatchBelowAutograd():

@@ -87,15 +87,16 @@ def _layer(
     cell: Callable, input: Tensor, states: Sequence, weights: list, has_biases: bool
 ) -> tuple[Tensor, list]:
     """Run the steps of a layer in its directions; what they read goes at their end."""
-    outputs, ends = [], []
+    made, outputs, ends = [], [], []
     for backwards, (state, own) in enumerate(zip(states, weights, strict=True)):
         w_ih, w_hh, *more = own
         b_ih, b_hh, *project = more if has_biases else (None, None, *more)
-        steps, made = F.linear(input, w_ih, b_ih).unbind(0), []
+        steps = F.linear(input, w_ih, b_ih).unbind(0)
+        made.append([])  # they are held until both directions are through
         for step in reversed(steps) if backwards else steps:
             state = cell(step, state, w_hh, b_hh, *project)
-            made.append(state[0] if isinstance(state, tuple) else state)
-        outputs.append(torch.stack(made[::-1] if backwards else made))
+            made[-1].append(state[0] if isinstance(state, tuple) else state)
+        outputs.append(torch.stack(made[-1][::-1] if backwards else made[-1]))
         ends.append(state)
     return torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0], ends
 
