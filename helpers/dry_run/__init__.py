@@ -7,6 +7,8 @@ the one door to it all, they meet the device's own choice of kernels and of cast
 
 import contextlib
 import functools
+import random
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -146,19 +148,17 @@ def as_on(device: str, autocast: torch.dtype | None = None) -> Iterator[Imagined
     with Undo() as undo:
         undo.callback(counting.reset, counting.set(()))
         undo.enter_context(torch.random.fork_rng(devices=[]))
+        undo.callback(random.setstate, random.getstate())
+        if numpy := sys.modules.get("numpy"):
+            undo.callback(numpy.random.set_state, numpy.random.get_state())
         undo.enter_context(torch.enable_grad())
         choose_kernels(undo, kind)
         follow_autocast(undo, kind)
         shared(undo, "fused", _FusedOnMeta)
         run = SHAPES_ON_CPU if kind == "cpu" else SHAPES
-        import os
+        from helpers.dry_run.run_values import with_values  # not for whoever imports us
 
-        if os.environ.get("VALUES"):
-            from helpers.dry_run.numbers import Installed
-            from helpers.dry_run.values import Values
-
-            shared(undo, "numbers", Installed)
-            run = Values(run, kind)
+        run = with_values(undo, run, kind)
         yield Imagined(kind, run, scratch_on(kind), devices, undo)
 
 
