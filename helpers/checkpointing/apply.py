@@ -59,12 +59,13 @@ def checkpointed(
     ...     model(torch.randn(32, 1024)).sum().backward()
 
     Only modules' ``forward`` changes: parameters, ``state_dict`` keys, hooks, training
-    mode and types stay. The options are those of ``torch.utils.checkpoint.checkpoint``.
+    mode and types stay. The options are those of ``torch.utils.checkpoint.checkpoint``:
+    without ``preserve_rng_state`` dropout drops others in backward.
 
     Raises:
         ValueError: for a name that is not in the model (lists those that are), comes
-            twice, lies inside another, or does not follow the one before it; for a
-            ``context_fn`` that is none, or from the model where it fails.
+            twice, lies inside another, or does not follow the one before it; for an
+            option that is none, or from the model where ``context_fn`` fails.
     """
     check_fits(model, plan)
     call = _call_with(
@@ -136,8 +137,8 @@ class Forward:
         self.is_over = False
         if type(self.before) is Forward and self.before.is_shared:
             raise PlanFault(
-                "another plan joins a layer of this one with its neighbours in a "
-                "ModuleList; undo that plan first"
+                "a layer of this plan shares a segment of a ModuleList already: undo "
+                "the other plan first, or checkpoint a layer that comes twice alone"
             )
 
     def __call__(self, *args: object, **kwargs: object) -> object:

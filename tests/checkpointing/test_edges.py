@@ -146,7 +146,7 @@ def test_two_plans_do_not_share_the_layers_of_a_list(plan):
     model = Listed()
     expected = gradients(model)
     with checkpointed(model, JOINED):
-        with pytest.raises(PlanFault, match="undo that plan first"):
+        with pytest.raises(PlanFault, match="undo the other plan first"):
             with checkpointed(model, plan):
                 pass
         assert same(gradients(model), expected)
