@@ -16,6 +16,14 @@ from helpers.dry_run.meta import describe
 
 _MOST = 2**19  # numbers that are run as they are
 _MOST_OF_ALL, _FEW = 2**23, 4
+_WEIGHTS = {torch.ops.aten.convolution.default: 1}
+_WEIGHTS[torch.ops.aten.convolution_backward.default] = 2
+# What shapes do not tell is asked for as it is: workspaces, and which bag a word is in.
+_WHOLE = {
+    getattr(torch.ops.aten, name).default
+    for name in ("mkldnn_rnn_layer", "mkldnn_rnn_layer_backward", "_embedding_bag")
+}
+_READS_WORKSPACE = torch.ops.aten.mkldnn_rnn_layer_backward.default
 _BY_VALUES = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 
@@ -30,16 +38,47 @@ def answer_of_cpu(
     by_values = func.is_view or func._schema.is_mutable or _BY_VALUES & {*func.tags}
     if func.namespace != "aten" or by_values:
         return None
+    if func is _READS_WORKSPACE and not args[-1].numel():
+        return None  # it was not asked for
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     numbers = sum(map(torch.numel, tensors))
-    if numbers <= _MOST or (meta is None and numbers <= _MOST_OF_ALL):
+    few = None
+    if numbers > _MOST and meta is not None and func not in _WHOLE:
+        few = _of_few_rows(func, args, kwargs, meta, tensors)
+    if few is None and numbers <= _MOST_OF_ALL:
         return _real_answer(func, args, kwargs)
-    rows = next((tensor.shape[0] for tensor in tensors if tensor.dim()), 1)
-    few = tree_map(lambda value: _with_few_rows(value, rows), (args, kwargs))
-    tensors = [x for x in tree_leaves(few) if isinstance(x, torch.Tensor)]
-    if meta is None or rows <= _FEW or sum(map(torch.numel, tensors)) > _MOST_OF_ALL:
+    return few
+
+
+def _of_few_rows(
+    func: torch._ops.OpOverload, args: tuple, kwargs: dict, meta: object, tensors: list
+) -> object:
+    """Describe an output by that of a few rows, if all that has rows has as many.
+
+    Or kernels, which trust their callers, might read what is not there.
+    """
+    weight = args[_WEIGHTS[func]] if func in _WEIGHTS else None
+    tables = [tensor for tensor in tensors if tensor.dim() > 1 and tensor is not weight]
+    rows = {len(tensor) for tensor in tables}
+    if len(rows) != 1 or max(rows) <= _FEW:
         return None
-    return _with_all_rows(meta, _real_answer(func, *few), rows)
+    (rows,) = rows
+    shrunk = {id(table) for table in tables}
+
+    def few(name: str, value: object) -> object:
+        if id(value) in shrunk:
+            return _with_few_rows(value)
+        if isinstance(value, list) and len(value) == tables[0].dim():
+            return [_FEW, *value[1:]] if value[0] == rows else value
+        return _FEW if name == "N" else value  # as group norm's functions call it
+
+    names = [argument.name for argument in func._schema.arguments]
+    args = [few(name, value) for name, value in zip(names, args, strict=False)]
+    kwargs = {name: few(name, value) for name, value in kwargs.items()}
+    numbers = sum(x.numel() for x in tree_leaves(args) if isinstance(x, torch.Tensor))
+    if numbers > _MOST_OF_ALL:
+        return None
+    return _with_all_rows(meta, _real_answer(func, tuple(args), kwargs), rows)
 
 
 def _real_answer(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> object:
@@ -64,12 +103,8 @@ def _real_answer(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> obje
         return None  # zeros are not what it takes
 
 
-def _with_few_rows(value: object, rows: int) -> object:
-    """Leave only some of a tensor's rows, laid out as before."""
-    if type(value) is int and value == rows:
-        return _FEW
-    if not isinstance(value, torch.Tensor) or not value.dim() or len(value) != rows:
-        return value
+def _with_few_rows(value: torch.Tensor) -> torch.Tensor:
+    """Leave only some rows, laid out as before."""
     shape, like = (_FEW, *value.shape[1:]), value.stride()
     empty = torch.empty(0, dtype=value.dtype, device="meta")
     return empty.new_empty_strided(shape, _strides(shape, like))
