@@ -124,6 +124,7 @@ class Again:
     def watching(self) -> Iterator[None]:
         """Follow a step inside the block, as far as it is needed."""
         names = list(self.modules)
+        self.numbers.tell_apart([vars(module) for module in self.modules.values()])
         with Undo() as undo:
             undo.enter_context(torch.autograd.set_multithreading_enabled(False))
             undo.enter_context(hooked(self.model, names, self._enter, self._leave))
@@ -137,12 +138,13 @@ class Again:
         if self.is_over:
             return
         here = len(self.saved)
+        number = self.numbers.of if self.open else self.numbers.tell_apart
         call = Call(
             name,
             module,
             args,
             kwargs,
-            self.numbers.of((args, kwargs)),
+            number((args, kwargs)),
             _versions(args),
             self._holds(module),
             self.numbers.draws.get(0, 0),

@@ -37,7 +37,7 @@ class Numbers(TorchDispatchMode):
         self.known: dict[int, tuple[torch.UntypedStorage, Hashable]] = {}
         self.statistics: set[int] = set()  # a norm's, which it does not compute with
         self.draws: dict[int, int] = {}  # by generator; 0 is torch's own
-        self._fresh = itertools.count()
+        self._fresh, self._apart = itertools.count(1), False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -88,7 +88,14 @@ class Numbers(TorchDispatchMode):
         n_bytes = storage.nbytes()
         if storage.device.type == "cpu" and n_bytes <= _READ_BYTES:
             return ctypes.string_at(storage.data_ptr(), n_bytes)
-        return "first", next(self._fresh)
+        return n_bytes, next(self._fresh) if self._apart else 0  # torch.tensor's
+
+    def tell_apart(self, value: object) -> Hashable:
+        """Number what is there before a forward: each tensor has a value of its own."""
+        self._apart = True
+        number = self.of(value)
+        self._apart = False
+        return number
 
     def of(self, value: object, deep: int = _DEEP) -> Hashable:
         """Number a value of any kind, with all that it holds."""

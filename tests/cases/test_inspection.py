@@ -145,6 +145,16 @@ def sets_global(m, x):
     return torch.tanh(m.linear(x) * x.new_full((8,), MODE["now"])).exp()
 
 
+def makes_constants(m, x):
+    scale = torch.tensor([2.0] * 8, device=x.device)
+    return torch.tanh(m.linear(x) * scale + torch.tensor(0.5, device=x.device)).exp()
+
+
+def makes_empty(m, x):
+    y = torch.cat([torch.tensor([], device=x.device), m.linear(x)], dim=-1)
+    return torch.tanh(y * x).exp()
+
+
 def linear(m, x):
     return torch.tanh(m.linear(x)).exp()
 
@@ -195,6 +205,8 @@ ALONE = {
     "torch": lambda: Does(draws_torch),
     "dropout": lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Tanh()),
     "a global": lambda: Does(sets_global),
+    "constants": lambda: Does(makes_constants),
+    "an empty tensor": lambda: Does(makes_empty),
     "plain": lambda: Does(linear),
     "batch norm": lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)),
     "batch norm, eval": lambda: nn.Sequential(
