@@ -7,6 +7,7 @@ import dataclasses
 
 import torch
 from torch import nn
+from torch.utils import checkpoint
 
 from helpers.checkpointing import PlanFault
 
@@ -49,6 +50,12 @@ def misfit(error: Exception, model: nn.Module, parts: tuple, doing: str) -> Misf
             "types.MethodType(function, module) as its forward, or give a function "
             "that makes the model"
         )
+    if _is_run_again(error):
+        who = "a segment" if where == doing else where
+        return Misfit(
+            f"{who} cannot be run again in backward: {reason}; what it reads has "
+            "changed since forward, and inspect_model(…).hazards says what"
+        )
     if doing != "the loss" and where == doing:
         more = "; give a step=… that calls it" * ("'closure'" in reason)
         return Misfit(f"{where} fails: {reason}{more}")
@@ -56,6 +63,16 @@ def misfit(error: Exception, model: nn.Module, parts: tuple, doing: str) -> Misf
     return Misfit(
         f"a batch of shape {shapes} does not fit this model at {where}: {reason}"
     )
+
+
+def _is_run_again(error: Exception) -> bool:
+    """Say whether a checkpoint was recomputing when it came, or has compared."""
+    if isinstance(error, checkpoint.CheckpointError):
+        return True
+    trace = error.__traceback__
+    while trace and trace.tb_frame.f_code.co_name != "recompute_fn":
+        trace = trace.tb_next
+    return trace is not None
 
 
 def first_line(error: BaseException) -> str:
