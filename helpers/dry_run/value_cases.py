@@ -102,7 +102,25 @@ def _selected(values: "Values", func: Callable, args: tuple, kwargs: dict) -> ob
     return torch.empty(rows, dtype=tensor.dtype, device="meta")
 
 
+def _grouped(values: "Values", func: Callable, args: tuple, kwargs: dict) -> object:
+    """Multiply by groups, of any type; a row of the result is 16 bytes, or whole ones.
+
+    Source: ``create_grouped_gemm_output_tensor`` in native/GroupedMMUtils.h.
+    """
+    given = dict(zip("a b offs bias out_dtype".split(), args, strict=False)) | kwargs
+    a, b, offs = given["a"], given["b"], given.get("offs")
+    if not (a.is_meta or b.is_meta):
+        return run_real(func, args, kwargs)
+    groups = [] if a.dim() != b.dim() else [a.shape[0] if a.dim() == 3 else len(offs)]
+    dtype = given.get("out_dtype") or a.dtype
+    shape, row = [*groups, a.shape[-2], b.shape[-1]], 16 // dtype.itemsize
+    padded = -(-shape[-1] // row) * row
+    strides = [shape[-2] * padded, padded, 1][-len(shape) :]
+    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+
+
 CASES = {
+    _aten._grouped_mm: _grouped,
     _aten.lift_fresh: _lifted,
     _aten._to_copy: _copied,
     _aten._pack_padded_sequence: _packed,
