@@ -136,6 +136,8 @@ class RememberedShapes:
             answer = self._answers.get(key)
         except TypeError:  # an argument that cannot be hashed
             return _run(func, args, kwargs)
+        if answer is _VIEW:
+            return func(*args, **kwargs)
         if answer is _ASK_AGAIN:
             return on_host(func, _run(func, args, kwargs))
         if answer is not None:
@@ -144,7 +146,9 @@ class RememberedShapes:
         out, answer = self._first(func, args, kwargs)
         if len(self) > self._most:
             self._answers.clear()
-        self._answers[key] = _ASK_AGAIN if answer is None else answer
+        if answer is None:
+            answer = _VIEW if func.is_view else _ASK_AGAIN
+        self._answers[key] = answer
         return out
 
     def _first(self, func: Callable, args: tuple, kwargs: dict) -> tuple:
@@ -177,7 +181,7 @@ def _ask_cpu(*asked: object) -> object:
     return answer_of_cpu(*asked)
 
 
-_ASK_AGAIN = object()
+_VIEW, _ASK_AGAIN = object(), object()
 _PRODUCTS = {
     getattr(torch.ops.aten, name)
     for name in ("mm", "addmm", "bmm", "baddbmm", "convolution")
@@ -238,7 +242,9 @@ def describe(out: object, args: tuple, device: str = "meta") -> object:
     }
     if storage._cdata in inputs or out.storage_offset():
         return None
-    return out.shape, out.stride(), out.dtype, storage.nbytes()
+    n_bytes = storage.nbytes()  # none where it holds nothing else
+    n_bytes = None if n_bytes == out.numel() * out.itemsize else n_bytes
+    return out.shape, out.stride(), out.dtype, n_bytes
 
 
 def make(answer: object, args: tuple) -> object:
@@ -252,7 +258,7 @@ def make(answer: object, args: tuple) -> object:
         return kind(make(part, args) for part in parts)
     shape, stride, dtype, n_bytes = answer
     out = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-    if out.untyped_storage().nbytes() == n_bytes:
+    if n_bytes is None or out.untyped_storage().nbytes() == n_bytes:
         return out
     whole = torch.empty(n_bytes // dtype.itemsize, dtype=dtype, device="meta")
     return whole.as_strided(shape, stride)

@@ -122,8 +122,7 @@ def _with_all_rows(meta: object, few: object, rows: int) -> object:
     (shape, *_), (few_shape, like, dtype, n_bytes) = meta, few
     if math.prod(few_shape) == 0 or len(shape) != len(few_shape):
         return few if math.prod(few_shape) == 0 else meta
-    is_larger = n_bytes > math.prod(few_shape) * dtype.itemsize
-    whole = n_bytes * rows // _FEW if is_larger else math.prod(shape) * dtype.itemsize
+    whole = n_bytes and n_bytes * rows // _FEW
     return shape, _strides(shape, like), dtype, whole
 
 
