@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from helpers.checkpointing import Undo
 from helpers.dry_run import keep_attributes
 from helpers.inspection._hazards import Findings, Hazard, around, random_states
+from helpers.inspection._held import copies_in, put_back
 from helpers.inspection._numbers import Numbers
 from helpers.measure.faults import first_line
 from helpers.timeline import tensors_in
@@ -24,7 +25,6 @@ from helpers.timeline.feeds import hooked
 
 _MODULES_OWN = set(vars(nn.Module())) - {"training"}
 _TORCHS_OWN = {one for one in vars(nn).values() if isinstance(one, type)}
-_WHOLE = torch.Tensor, nn.Module, str, int, float, bool
 _DEVICES = "cpu", "cuda"
 
 
@@ -84,14 +84,8 @@ def _found(step: Callable, again: "Again") -> Findings:
         except Over:
             pass
         except Exception as error:  # of the step, or it cannot be looked at
-            why = "what a plan changes in {} is not known ("
-            again.found.add(
-                "",
-                "unknown",
-                f"{why}{first_line(error)}); verify it",
-                "",
-                *again.modules,
-            )
+            why = f"what a plan changes in {{}} is not known ({first_line(error)})"
+            again.found.add("", "unknown", f"{why}; verify it", "", *again.modules)
     return again.found
 
 
@@ -200,7 +194,7 @@ class Again:
     def look(self) -> None:
         """Run again the first and the last call of each module, each from here."""
         self.end = {name: self._holds(one) for name, one in self.modules.items()}
-        self.kept = {n: _copies(vars(one)) for n, one in self.modules.items()}
+        self.kept = {n: copies_in(vars(one)) for n, one in self.modules.items()}
         for name in self.modules:
             for outer in around(name):
                 self.inside.setdefault(outer, []).append(name)
@@ -225,12 +219,12 @@ class Again:
     def _look_at(self, call: Call) -> None:
         saved, numbers = self.saved, self.numbers
         known, drawn = dict(numbers.known), dict(numbers.draws)
-        given = _copies([call.args, call.kwargs])
+        given = copies_in([call.args, call.kwargs])
         self.saved, self.stop_at = [], call.count
         numbers.draws[0] = call.draws
         error = self._run(call)
         effect = "error" if error else self._compare(saved[call.saved], self.saved)
-        _put_back(given)
+        put_back(given)
         if effect:
             self._explain(call, effect)
         self._look_for_changes(call)
@@ -291,7 +285,7 @@ class Again:
                 keys = now.keys() | end.keys()
                 key = min(key for key in keys if now.get(key) != end.get(key))
                 self.found.state(name, key, "state", call.name, True)
-                _put_back(self.kept[name])
+                put_back(self.kept[name])
 
     def _holds(self, module: nn.Module) -> dict[str, Hashable]:
         """Number what a module itself holds, by name."""
@@ -317,21 +311,3 @@ def _versions(args: tuple) -> list[int]:
 def _autocast() -> list[tuple]:
     on, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
     return [(device, on(device), dtype(device)) for device in _DEVICES]
-
-
-def _copies(value: object, deep: int = 7) -> list[tuple]:
-    """Copy the lists and dicts in a value, those of objects' attributes too."""
-    if isinstance(value, _WHOLE) or callable(value) or not deep:
-        return []
-    if not isinstance(value, list | dict | tuple):
-        value = getattr(value, "__dict__", ())
-    items = value.values() if isinstance(value, dict) else value
-    inner = [_copies(item, deep - 1) for item in items if item is not None]
-    copies = [] if isinstance(value, tuple) or not value else [(value, value.copy())]
-    return sum(inner, copies)
-
-
-def _put_back(copies: list[tuple]) -> None:
-    for value, before in copies:
-        value.clear()
-        (value.extend if isinstance(value, list) else value.update)(before)

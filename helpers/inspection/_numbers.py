@@ -11,9 +11,10 @@ from collections import deque
 from collections.abc import Callable, Hashable
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.dry_run.values import known
+from helpers.inspection._held import is_whole, vars_of
 from helpers.timeline import tensors_in
 
 _PLAIN = {bool, int, str, bytes, type(None), torch.dtype, torch.device}
@@ -79,16 +80,17 @@ class Numbers(TorchDispatchMode):
             return id(tensor)
         storage = tensor.untyped_storage()
         if storage._cdata not in self.known:
-            self._set(storage, self._first(storage))
+            self._set(storage, self._first(tensor))
         number = self.known[storage._cdata][1]
         return number, tensor.shape, tensor.stride(), tensor.storage_offset()
 
-    def _first(self, storage: torch.UntypedStorage) -> Hashable:
+    def _first(self, tensor: torch.Tensor) -> Hashable:
         """Number what no operator has made: a constant's bytes, or another one each."""
-        n_bytes = storage.nbytes()
-        if storage.device.type == "cpu" and n_bytes <= _READ_BYTES:
-            return ctypes.string_at(storage.data_ptr(), n_bytes)
-        return n_bytes, next(self._fresh) if self._apart else 0  # torch.tensor's
+        value = known(tensor)
+        storage = (tensor if value is None else value).untyped_storage()
+        if value is not None and storage.nbytes() <= _READ_BYTES:
+            return ctypes.string_at(storage.data_ptr(), storage.nbytes())
+        return storage.nbytes(), next(self._fresh) if self._apart else 0
 
     def tell_apart(self, value: object) -> Hashable:
         """Number what is there before a forward: each tensor has a value of its own."""
@@ -106,7 +108,7 @@ class Numbers(TorchDispatchMode):
             return self.tensor(value)
         if kind is float:
             return value if value == value else "nan"
-        if isinstance(value, nn.Module) or callable(value) or not deep:
+        if is_whole(value) or not deep:
             return id(value)
         if isinstance(value, _MANY):
             return kind, *[self.of(item, deep - 1) for item in value]
@@ -116,14 +118,6 @@ class Numbers(TorchDispatchMode):
             return id(value)
         items = [(self.of(k, deep - 1), self.of(v, deep - 1)) for k, v in value.items()]
         return kind, *items
-
-
-def vars_of(value: object) -> dict | None:
-    """Take an object's attributes, those in slots too; None if it has none."""
-    slots = getattr(type(value), "__slots__", ())
-    named = {n: getattr(value, n) for n in slots if hasattr(value, n)} if slots else {}
-    own = getattr(value, "__dict__", None)
-    return {**named, **(own or {})} if named or own is not None else None
 
 
 _aten = torch.ops.aten

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from helpers.checkpointing import Plan, checkpointed
 from helpers.inspection import inspect_model
+from helpers.measure import predict
 
 X = torch.linspace(-1, 1, 24).reshape(3, 8)
 PAIR = namedtuple("PAIR", "y others")
@@ -305,6 +306,10 @@ def by_mode(m, x):
     return torch.tanh(m.linear(x) * x.new_full((8,), m.mode)).exp()
 
 
+def by_constant(m, x):
+    return torch.tanh(m.linear(x) * torch.tensor(m.mode, device=x.device)).exp()
+
+
 def tensor_mode(model, x):
     model.module.mode = x.detach() * 2
     y = model.module(x)
@@ -447,6 +452,7 @@ CALLS = {
     "an object, read": (lambda m, x: m.module(Held(x)), lambda: Does(reads_object)),
     "an object, changed later": (changed_object, lambda: Does(reads_object)),
     "a number set for forward": (mode_around, lambda: Does(by_mode, mode=1.0)),
+    "a constant made of it": (mode_around, lambda: Does(by_constant, mode=1.0)),
     "a tensor set for forward": (tensor_mode, lambda: Does(by_tensor, mode=None)),
     "a global set for forward": (global_around, lambda: Does(by_global)),
     "a context variable": (context_around, lambda: Does(by_context)),
@@ -569,3 +575,61 @@ def test_the_table_has_all_kinds():
     assert len(kinds) > 50
     assert all(kinds.count(kind) > 3 for kind in ("", "gradients", "state"))
     assert "error" in kinds
+
+
+# Other steps, and models without a hazard --------------------------------------------
+
+
+def accumulates(model, batch, optimizer):
+    optimizer.zero_grad()
+    for part in batch.chunk(2):
+        model(part).exp().sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"optimizer": torch.optim.AdamW},
+        {"autocast": torch.bfloat16},
+        {"step": accumulates, "optimizer": torch.optim.SGD},
+    ],
+)
+def test_the_report_of_any_step_is_predicts(how):
+    model, x = Around(ALONE["batch norm"]()), X.repeat(2, 1)
+    found = inspect_model(model, x, device="cpu", **how)
+    assert found.report == predict(model, x, device="cpu", **how)
+    assert {(h.name, h.effect) for h in found.hazards} == {("module.1", "state")}
+
+
+def test_what_cannot_be_looked_at_is_said():
+    """PyTorch's transforms allow no hooks on saved tensors, and so no checkpoint."""
+
+    def transforms(m, x):
+        return m.linear(x) * torch.func.grad(lambda y: y.tanh().sum())(x)
+
+    (hazard,) = inspect_model(Around(Does(transforms)), X).hazards
+    assert hazard.kind == "unknown" and str(hazard).endswith("; verify it")
+
+
+@pytest.mark.parametrize("name", ["BERT", "GPT2", "Llama", "T5", "ViT"])
+def test_models_of_transformers_have_no_hazard(name):
+    transformers = pytest.importorskip("transformers")
+    ids = torch.randint(1, 50, (2, 8))
+    kinds = {"BERT": "BertModel", "GPT2": "GPT2LMHeadModel", "Llama": "LlamaModel"}
+    kinds |= {"T5": "T5ForConditionalGeneration", "ViT": "ViTModel"}
+    kind = getattr(transformers, kinds[name])
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size |= {"intermediate_size": 64, "vocab_size": 50}
+    size |= {"image_size": 32, "patch_size": 8} if name == "ViT" else {}
+    if name == "T5":
+        size = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+        size |= {"vocab_size": 50, "decoder_start_token_id": 0}
+    model = kind(kind.config_class(**size)).train()
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch |= {"use_cache": False} if name in ("GPT2", "Llama", "T5") else {}
+    batch |= {"labels": ids} if name == "T5" else {}
+    if name == "ViT":
+        batch = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    found = inspect_model(model, batch, device="cpu")
+    assert len(found.layers) > 20 and not found.hazards
