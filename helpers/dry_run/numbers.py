@@ -8,7 +8,9 @@ import weakref
 from collections.abc import Callable
 
 import torch
+from torch.utils._pytree import tree_leaves
 
+from helpers.checkpointing import PlanFault
 from helpers.dry_run.kernels import imagined_device
 from helpers.timeline import counting
 
@@ -131,15 +133,34 @@ def _reads(original: Callable, self: torch.Tensor, *args, **kwargs) -> object:
 
 def _made(original: Callable, data, *, device=None, **how) -> torch.Tensor:
     """Make a tensor on the meta device of numbers, which it would lose at once."""
-    meta = device is not None and torch.device(device).type == "meta"
-    if not meta or not imagined_device.get() or isinstance(data, torch.Tensor):
+    if not imagined_device.get() or isinstance(data, torch.Tensor):
         return original(data, device=device, **how)
-    from helpers.dry_run.values import stand_in_of
+    if device is None or torch.device(device).type != "meta":
+        made = original(data, device=device, **how)
+    else:
+        from helpers.dry_run.values import stand_in_of
 
-    grad = how.pop("requires_grad", False)
-    with torch._C._DisableTorchDispatch():
-        made = stand_in_of(original(data, **how))
-    return torch.ops.aten.lift_fresh(made).requires_grad_(grad)
+        grad = how.pop("requires_grad", False)
+        with torch._C._DisableTorchDispatch():
+            made = stand_in_of(original(data, **how))
+        made = torch.ops.aten.lift_fresh(made).requires_grad_(grad)
+    if any(isinstance(number, Guess) for number in tree_leaves(data)):
+        held = vars(made.untyped_storage())
+        held.pop("value", None)
+        held["unknown"] = True
+    return made
+
+
+def _cuda_begins(original: Callable) -> None:
+    """Say what is wrong where a step names a GPU that is not there."""
+    if imagined_device.get() and not torch.cuda.is_available():
+        names = [name for tracker in counting.get() for name in tracker.modules[1:]]
+        where = f"layer {names[-1]!r}" if any(names[-1:]) else "the step"
+        raise PlanFault(
+            f"{where} names the device 'cuda', which is not there; give the device of "
+            "a tensor that is, as device=x.device"
+        )
+    original()
 
 
 def _made_like(original: Callable, self: torch.Tensor, data, **how) -> torch.Tensor:
@@ -159,4 +180,5 @@ _REPLACED = [
     (torch.Tensor, "new_tensor", _made_like),
     (torch, "tensor", _made),
     (torch, "as_tensor", _made),
+    (torch.cuda, "_lazy_init", _cuda_begins),
 ]

@@ -97,8 +97,11 @@ class Values:
         has_meta, has_real, all_known = look((*args, *kwargs.values()))
         if kind.is_plain and not all_known and not has_real:
             return self.run(func, args, kwargs)
+        has_guess = _has_guess((*args, *kwargs.values()))
+        if has_guess and func.overloadpacket is _aten.arange:
+            raise Unknown("arange")
         if not has_meta and not _goes_to_meta(kwargs):
-            return run_real(func, args, kwargs)
+            return run_real(func, args, kwargs, all_known and not has_guess)
         return self.run_known(func, args, kwargs)
 
     def _on_meta(self, kind: _Kind, kwargs: dict) -> dict:
@@ -120,8 +123,6 @@ class Values:
         all_known = look((*args, *kwargs.values()))[2] and not kind.is_random
         if _has_guess((*args, *kwargs.values())):
             all_known = False
-            if func.overloadpacket is _aten.arange:
-                raise Unknown("arange")
         if kind.asks:
             return answer(func, args, kwargs)
         out = self.run(func, args, kwargs)

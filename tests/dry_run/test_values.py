@@ -299,3 +299,29 @@ def test_a_number_that_nobody_knows_is_not_looked_at(looks):
 
     with pytest.raises(ValueError, match="the step looks at values.*measure it"):
         predict(nn.Linear(4, 4), torch.randn(2, 4), step=step)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "look",
+    [
+        "e[: len(torch.arange(0, e.max().item() + 3))]",
+        "e if (torch.full((2,), e.max().item()) > 0).all() else 2 * e",
+        "e if torch.tensor([e.max().item()]) > 0 else 2 * e",
+        "e if torch.tensor(e.max().item(), device=e.device) > 0 else 2 * e",
+    ],
+)
+def test_nor_in_a_tensor_that_is_made_of_it(look, device):
+    with pytest.raises(ValueError, match="looks at values.*measure it"):
+        predict(Net(look), BATCH, device=device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("look", ["e.cuda()", "e + torch.zeros(8, device='cuda')"])
+def test_a_device_that_is_not_there_is_named(look):
+    net = nn.Sequential(Net(look))
+    net.forward = lambda **batch: net[0](**batch)
+    with pytest.raises(ValueError, match="layer '0' names the device 'cuda'"):
+        predict(net, BATCH)
+    with pytest.raises(AssertionError, match="not compiled"):
+        torch.zeros(1, device="cuda")
