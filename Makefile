@@ -11,7 +11,9 @@ STRAY_KEYS := metadata.language_info.version metadata.toc \
   cell.metadata.editable cell.metadata.jp-MarkdownHeadingCollapsed \
   cell.metadata.slideshow cell.metadata.trusted
 
-.PHONY: lab test bench record execute nav html lock clean
+CUDA_VENV := .venv-cuda
+
+.PHONY: lab test test-cuda bench record execute nav html lock clean
 
 # Jupyter refuses root unless told; in a container there is often nobody else.
 ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)
@@ -30,6 +32,21 @@ test: export OMP_NUM_THREADS := 1
 test: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder \
 	  --nbval --nbval-current-env --nbval-cell-timeout 120 tests notebooks
+
+# CUDA's own bytes: on this machine's GPU, or else on cards that are not there, under
+# PyTorch's own CUDA code (tests/nocard). Some 5 GB, and so in an environment of its own.
+test-cuda: export OMP_NUM_THREADS := 1
+test-cuda: $(CUDA_VENV)/.installed
+	tests/nocard/test.sh $(CUDA_VENV)
+
+# The empty folder is for a pip that would find a wheel without CUDA nearer by.
+$(CUDA_VENV)/.installed: requirements.lock
+	$(PYTHON) -m venv $(CUDA_VENV)
+	mkdir -p $(CUDA_VENV)/none
+	PIP_FIND_LINKS=$(CURDIR)/$(CUDA_VENV)/none $(CUDA_VENV)/bin/pip install \
+	  -c requirements.lock torch numpy pandas tqdm pytest transformers \
+	  'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-cccl==13.0.*'
+	touch $@
 
 bench: $(INSTALLED)
 	$(BIN)/python -m tests.bench
@@ -90,6 +107,6 @@ lock:
 	rm -rf .lock
 
 clean:
-	rm -rf $(VENV) .lock html build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(CUDA_VENV) tests/nocard/build .lock html build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find . -name .ipynb_checkpoints -prune -exec rm -rf {} +

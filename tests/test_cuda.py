@@ -222,6 +222,7 @@ def test_the_largest_batch_that_runs_is_near_the_one_that_is_predicted():
 # Random numbers
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("plan", MIXED[1:], ids=str)
 def test_recomputation_draws_the_same_masks_and_puts_cudas_state_back(plan):
     model = MLP([256] * 4 + [10], "gelu", 0.5).cuda()
@@ -252,6 +253,7 @@ def test_measuring_leaves_cudas_random_numbers_alone():
 # Gradients
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize(("activation", "dropout"), [("relu", 0), ("gelu", 0.3)])
 def test_gradients_are_bit_equal(deterministic, activation, dropout):
     model = MLP([512, 512, 512, 512, 10], activation, dropout).cuda()
@@ -288,8 +290,8 @@ def test_a_step_that_does_not_fit_is_explained_and_gives_its_memory_back():
         large = torch.randn(2**17, 1024, device="cuda")  # 512 MiB, and 9 times that
         with pytest.raises(torch.OutOfMemoryError, match="the step needs") as raised:
             measure(model, large, optimizer=torch.optim.SGD)
-        del large
         assert raised.value.__context__ is None
+        del large, raised  # its traceback holds the batch as well
         n_bytes = sum(tensor.numel() * 4 for tensor in weights)
         assert torch.cuda.memory_allocated() <= before + n_bytes + 512 * len(weights)
         assert all(map(torch.equal, model.parameters(), weights))
@@ -308,7 +310,9 @@ def test_a_step_larger_than_the_card_is_refused_before_it_runs():
 
 
 def test_the_labs_next_flip_works_after_it_ran_out_of_memory():
-    controls = pytest.importorskip("helpers.controls", reason="needs ipywidgets")
+    pytest.importorskip("ipywidgets")
+    from helpers import controls
+
     settings = {"depth": 8, "width": 1024, "activation": "gelu"}
     lab = controls.LayerLab(batch=32, settings=settings)
     lab.measure()
@@ -330,6 +334,7 @@ def test_the_labs_next_flip_works_after_it_ran_out_of_memory():
 # Time
 
 
+@pytest.mark.arithmetic
 def test_events_and_the_clock_tell_of_the_same_steps(capsys):
     model, x = uniform_mlp(8, 1024).cuda(), torch.randn(8192, 1024, device="cuda")
     step = training_step(model, x)

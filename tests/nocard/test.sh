@@ -1,0 +1,18 @@
+#!/bin/bash
+# Run the CUDA tests of a virtual environment: on this machine's card, or else on cards
+# that are not there, without the tests of values and times.
+cd "$(dirname "$0")/../.."
+python=$1/bin/python
+tests="-p no:cacheprovider tests/test_cuda.py tests/allocator tests/nocard"
+if $python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  exec $python -m pytest $tests
+fi
+tests/nocard/build.sh "$1" || exit 1
+failed=0
+for card in ${CARDS:-H100 A100 T4}; do
+  echo "== $card, which is not there (tests/nocard)"
+  # A tensor that is printed, as in a failed assertion, may hold anything.
+  NOCARD=$card tests/nocard/run.sh $python -m pytest -m "not arithmetic" \
+    --tb=native --assert=plain $tests || failed=1
+done
+exit $failed
