@@ -13,9 +13,9 @@ from helpers.checkpointing import Plan
 from helpers.dry_run import GivenOptimizer, as_on
 from helpers.inspection._again import hazards_in
 from helpers.inspection._calls import Calls
-from helpers.inspection._hazards import random_states_kept
+from helpers.inspection._hazards import Hazard, random_states_kept
 from helpers.inspection.tree import Inspection, Layer
-from helpers.measure import Loss, Step, report_of, training_step
+from helpers.measure import Loss, Step, StepReport, report_of, training_step
 from helpers.timeline import Timeline
 
 
@@ -51,19 +51,23 @@ def inspect_model(
         _check_trains(model)
         made = imagined.optimizer(optimizer, model)
         run = training_step(model, batch, loss, made, autocast, step)
-        hazards = hazards_in(run, model, imagined.run)
-        calls = Calls(model)
+        hazards, calls = hazards_in(run, model, imagined.run), Calls(model)
         if made or step:  # the first makes what stays
             imagined.record(run, model, batch, made)
         timeline = imagined.record(run, model, batch, made, [calls])
+    report = report_of(timeline, Plan(), imagined.device, "predicted")
+    return _inspection(calls, hazards, report)
+
+
+def _inspection(calls: Calls, hazards: list[Hazard], report: StepReport) -> Inspection:
     chains, breaks = calls.chains()
     return Inspection(
-        model=type(model).__name__,
-        layers=_layers(calls, timeline),
+        model=type(calls.model).__name__,
+        layers=_layers(calls, report.timeline),
         chains=tuple(chains),
         breaks=breaks,
         hazards=tuple(hazards),
-        report=report_of(timeline, Plan(), imagined.device, "predicted"),
+        report=report,
     )
 
 
