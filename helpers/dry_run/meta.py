@@ -77,6 +77,9 @@ def stand_in(tensor: torch.Tensor) -> torch.Tensor:
     return empty.requires_grad_(tensor.requires_grad)
 
 
+_HOLDING = dict, list
+
+
 def keep_attributes(undo: Undo, model: nn.Module, *others: dict) -> None:
     """Put back what modules hold at a block's end: tensors replaced, lists grown.
 
@@ -86,22 +89,31 @@ def keep_attributes(undo: Undo, model: nn.Module, *others: dict) -> None:
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     kept = []
     for own in [*map(vars, model.modules()), *others]:
-        inner = [value for value in own.values() if isinstance(value, dict | list)]
-        kept += [(value, value.copy()) for value in (own, *inner)]
+        kept.append((own, own.copy()))
+        for value in own.values():
+            if isinstance(value, _HOLDING):
+                kept.append((value, value.copy()))
     for _ in range(2):  # an interrupt may end the first
         undo.callback(_put_back, kept, gradients)
 
 
 def _put_back(kept: list[tuple], gradients: list[tuple]) -> None:
     for value, before in kept:
-        if isinstance(value, list):
-            value[:] = before
-        else:
-            value.update(before)
-            for name in value.keys() - before.keys():
-                del value[name]
+        if not _same(value, before):
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(before)
     for parameter, gradient in gradients:
         parameter.grad = gradient
+    kept.clear()  # a second time there is nothing to do
+    gradients.clear()
+
+
+def _same(value: dict | list, before: dict | list) -> bool:
+    """Say whether both hold the same things, which are looked at where they are two."""
+    try:
+        return value == before
+    except (RuntimeError, TypeError, ValueError):  # tensors, arrays
+        return False
 
 
 _FUSED_STEPS = {
