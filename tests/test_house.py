@@ -29,7 +29,7 @@ LAYERS = [
     ["controls", "checks"],
 ]
 RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-WITHIN = {"dry_run": {"allocator"}}
+WITHIN = {"dry_run": {"allocator"}, "planner": {"inspection"}}
 MOST_ENTRIES, MOST_LINES, FILE_LINES, FUNCTION_LINES = 20, 10_500, 330, 40
 STARRED = """units models/mlp checkpointing/plan checkpointing/apply
   from_scratch/__init__ from_scratch/reentrant from_scratch/segment timeline/tracker

@@ -29,13 +29,13 @@ def what_would_help(
             peak_bytes = predict(model, batch, least.plan, **changed).peak_bytes
         except ValueError:
             continue
-        if peak_bytes < least.peak_bytes:
+        if peak_bytes < 0.99 * least.peak_bytes:
             needs.append(f"{format_bytes(peak_bytes)} with {name}")
     return f"its plan needs {', '.join(needs)}" if needs else ""
 
 
 def half(batch: object) -> object | None:
-    """Halve a batch along its first dimension; None where its tensors differ in that."""
+    """Halve a batch in its first dimension; None where tensors differ in that."""
     sizes = {tensor.shape[:1] for tensor in tensors_in(batch)}
     if len(sizes) != 1 or not (size := sizes.pop()) or size[0] < 2:
         return None

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from helpers.planner._lifetimes import STAND_IN, Call, Lifetimes, Saved
+from helpers.planner._lifetimes import STAND_IN, Lifetimes, Saved
 from helpers.planner.chain import on_cpu
 from helpers.timeline import Allocation
 

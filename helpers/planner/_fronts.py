@@ -98,8 +98,7 @@ def find_fronts(
     """Find the labels before each stage, from the end on.
 
     Args:
-        room_bytes: what the stages may need together.
-        most: what they may cost.
+        room_bytes, most: what the stages may need together, and cost.
         stride: how many stages lie between two where a part of the gap is spent.
 
     Raises:
@@ -122,11 +121,10 @@ def find_fronts(
         need = (after.need + chain.kept[first]).clamp(min=chain.kept_needs[first])
         places = torch.ones_like(need).cumsum(0) - 1
         kept = Front(need, after.cost, torch.full_like(need, -first - 1), places)
-        options = kept, segments.before(first, cost_before[first])
-        ending = unbeaten(options, room[first], most)
+        begun = segments.before(first, cost_before[first])
+        ending = unbeaten([kept, begun], room[first], most)
         if gap and first in thinning:
-            ratio = (1 + gap) ** (1 / len(thinning))
-            ending = thinned(ending, ratio, n + 1)
+            ending = thinned(ending, (1 + gap) ** (1 / len(thinning)), n + 1)
         if len(ending.need) > MANY and not gap:
             raise TooManyLabels
         fronts.append(ending)

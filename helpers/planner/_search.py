@@ -287,3 +287,12 @@ def _before(after: Front, need: int, more: int, cost: int, end: int) -> Front:
     places = torch.ones_like(after.need).cumsum(0) - 1
     needs = (after.need + more).clamp(min=need)
     return Front(needs, after.cost + cost, torch.full_like(needs, end), places)
+
+
+def unbeaten_of(rows: list[tuple]) -> list[tuple]:
+    """Keep what costs less than all that peak lower, of rows in order of peaks."""
+    found: list[tuple] = []
+    for row in rows:
+        if not found or row[1] < found[-1][1]:
+            found.append(row)
+    return found

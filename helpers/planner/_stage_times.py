@@ -1,50 +1,36 @@
-"""Time each layer of a chain on a device, run forward and run again in backward.
+"""Time modules on a device, run forward, and run again in backward.
 
-Every layer is checkpointed alone meanwhile, so that backward runs it again as it does
-at the end of a segment, up to the last tensor that is needed, and the times are those
-of real training steps.
+Each is checkpointed alone meanwhile, so that backward runs it again as it does at the
+end of a segment, up to the last tensor that is needed, and the times are those of real
+training steps.
 """
 
 import dataclasses
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import nn
 
-from helpers.checkpointing import Plan, Undo, checkpointed
-from helpers.measure import (
-    Loss,
-    Step,
-    left_as_found,
-    placed,
-    random_numbers_kept,
-    training_step,
-    usable_device,
-)
+from helpers.checkpointing import Plan, Undo
+from helpers.measure import time_step_ms, usable_device
+from helpers.measure.measured import Run, Setting
 from helpers.planner._marks import BEFORE
 from helpers.planner.chain import Chain, Stage
 
 REPEATS, WARMUP = 10, 2  # training steps
+Segment = tuple[str, ...]
 
 
 def in_milliseconds(
-    chain: Chain,
-    model: nn.Module,
-    batch: object,
-    loss: Loss | None,
-    autocast: torch.dtype | None,
-    own_step: Step | None,
-    device: str,
+    chain: Chain, model: nn.Module, batch: object, of_step: dict[str, object]
 ) -> Chain:
     """Make milliseconds, measured on a device, the costs of a chain's stages."""
-    device = usable_device(model, device)
-    model, batch, loss = placed(model, device, batch, loss)
-    step = training_step(model, batch, loss, autocast=autocast, step=own_step)
-    with left_as_found(model, trains=False), random_numbers_kept(), torch.enable_grad():
-        medians_ms = _medians_ms(chain, model, step, device)
+    names = [name for name in chain.names if name != BEFORE]
+    starting = [stage.name for stage in chain.stages if stage.starts]
+    (medians_ms, _), *_ = _passes(model, batch, of_step, names, [starting])
 
     def timed(stage: Stage) -> Stage:
         full = medians_ms.get((stage.name, False), 0.0)
@@ -56,26 +42,87 @@ def in_milliseconds(
     return dataclasses.replace(chain, stages=stages, cost_unit="ms")
 
 
+def segments_ms(
+    segments: Collection[Segment],
+    model: nn.Module,
+    batch: object,
+    of_step: dict[str, object],
+) -> dict[Segment, float]:
+    """Say how many milliseconds each segment adds to a step.
+
+    That is its modules' forward, the last one's as far as it is run again, and what a
+    checkpoint costs itself: what is left of the time that a plan adds.
+    """
+    names = list(dict.fromkeys(name for segment in segments for name in segment))
+    layers = _apart(segment[0] for segment in segments if len(segment) == 1)
+    (full_ms, plain_ms), *others = _passes(model, batch, of_step, names, [[], *layers])
+    again_ms: dict[str, float] = {}
+    rests_ms = []
+    for layer, (times_ms, step_ms) in zip(layers, others, strict=True):
+        found = {name: times_ms.get((name, True), 0.0) for name in layer}
+        again_ms |= found
+        rests_ms.append((step_ms - plain_ms - sum(found.values())) / len(layer))
+    rest_ms = max(0.0, statistics.median(rests_ms)) if rests_ms else 0.0
+
+    def added(*earlier: str, last: str) -> float:
+        full = [full_ms.get((name, False), 0.0) for name in (*earlier, last)]
+        return sum(full[:-1]) + min(again_ms.get(last, full[-1]), full[-1]) + rest_ms
+
+    return {segment: added(*segment[:-1], last=segment[-1]) for segment in segments}
+
+
+def _apart(names: Collection[str]) -> list[list[str]]:
+    """Cut names into lists in which none lies in another, the outermost first."""
+    layers: list[list[str]] = []
+    for name in sorted(names, key=lambda name: name.count(".")):
+        for layer in layers:
+            if not any(name.startswith(f"{outer}.") for outer in layer):
+                layer.append(name)
+                break
+        else:
+            layers.append([name])
+    return layers
+
+
+def _passes(
+    model: nn.Module,
+    batch: object,
+    of_step: dict[str, object],
+    names: Sequence[str],
+    ticked: Sequence[Sequence[str]],
+) -> list[tuple[dict[tuple[str, bool], float], float]]:
+    """Take median times of modules, (name, whether run again), and of whole steps."""
+    device = usable_device(model, of_step["device"])
+    setting = Setting.of(**of_step)
+    with setting.placed(model, batch, device) as (model, batch, setting):
+        run = Run(model, batch, device, setting)
+        return [_medians_ms(run, names, Plan.alone(layer)) for layer in ticked]
+
+
 def _medians_ms(
-    chain: Chain, model: nn.Module, step: Callable[[], object], device: str
-) -> dict[tuple[str, bool], float]:
-    """Take the median time of each stage: (name, whether it is run again)."""
+    run: Run, names: Sequence[str], plan: Plan
+) -> tuple[dict[tuple[str, bool], float], float]:
     spans: list[tuple[str, bool, Callable[[], float]]] = []
     times_ms: dict[tuple[str, bool], list[float]] = defaultdict(list)
+    steps_ms: list[float] = []
     with Undo() as undo:
-        for name in chain.names:
-            if name != BEFORE:
-                _time_forward(undo, model.get_submodule(name), name, device, spans)
-        plan = Plan.alone(stage.name for stage in chain.stages if stage.starts)
-        undo.enter_context(checkpointed(model, plan))
+        for name in names:
+            module = run.model.get_submodule(name)
+            _time_forward(undo, module, name, run.device, spans)
         for count in range(WARMUP + REPEATS):
             spans.clear()
-            step()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            for name, again, elapsed_ms in spans if count >= WARMUP else ():
-                times_ms[name, again].append(elapsed_ms())
-    return {key: statistics.median(times) for key, times in times_ms.items()}
+            with run.applied(plan):
+                step_ms = time_step_ms(run.step, run.device)
+            if count < WARMUP:
+                continue
+            steps_ms.append(step_ms)
+            sums: dict[tuple[str, bool], float] = defaultdict(float)
+            for name, again, elapsed_ms in spans:
+                sums[name, again] += elapsed_ms()
+            for key, total_ms in sums.items():
+                times_ms[key].append(total_ms)
+    medians = {key: statistics.median(times) for key, times in times_ms.items()}
+    return medians, statistics.median(steps_ms)
 
 
 def _time_forward(
@@ -93,11 +140,7 @@ def _time_forward(
             end = _now(device)
             spans.append((name, again, lambda: _elapsed_ms(start, end)))
 
-    if "forward" in vars(module):
-        undo.callback(setattr, module, "forward", forward)
-    else:
-        undo.callback(vars(module).pop, "forward", None)
-    module.forward = run
+    undo.replace(module, "forward", run)
 
 
 def _now(device: str) -> "float | torch.cuda.Event":

@@ -79,7 +79,8 @@ class Stage:
             is_number = isinstance(value, int | float | Fraction)
             if is_cost and not (is_number and 0 <= value < math.inf):
                 raise ValueError(
-                    f"{name} of stage {self.name!r} is a number from 0 up, not {value!r}"
+                    f"{name} of stage {self.name!r} is a number from 0 up, "
+                    f"not {value!r}"
                 )
             if name.endswith("_bytes") and not isinstance(value, int):
                 raise ValueError(

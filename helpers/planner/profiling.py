@@ -19,8 +19,9 @@ from helpers.checkpointing import (
     listed_after,
     segments_of,
 )
-from helpers.dry_run import Imagined, as_on
-from helpers.measure import GivenOptimizer, Loss, Step, training_step
+from helpers.dry_run import Imagined
+from helpers.measure import GivenOptimizer, Loss, Step
+from helpers.planner._judge import STEP, steps_of
 from helpers.planner._marks import Marks, watch
 from helpers.planner._stage_bytes import Runs
 from helpers.planner._stage_times import in_milliseconds
@@ -55,19 +56,17 @@ def profile(
     Raises:
         ValueError: if the model holds no chain, or its layers do not feed each other.
     """
-    with as_on(device, autocast) as imagined:
-        given = model, batch, loss, step
-        meta, fake, loss_there, own = imagined.stand_ins(*given)
+    given = loss, optimizer, autocast, step, device
+    of_step = dict(zip(STEP, given, strict=True))
+    with steps_of(model, batch, of_step) as (imagined, run, meta, fake, made):
         parent = chain_parent(meta) if parent is None else parent
         prefix = f"{parent}." * bool(parent)
         names = [prefix + name for name in meta.get_submodule(parent)._modules]
-        made = imagined.optimizer(optimizer, meta)
-        run = training_step(meta, fake, loss_there, made, autocast, own)
         chain = _dry_runs(imagined, run, meta, fake, made, names)
     if not measured:
         return chain
     real = model if isinstance(model, nn.Module) else model()
-    return in_milliseconds(chain, real, batch, loss, autocast, step, device)
+    return in_milliseconds(chain, real, batch, of_step)
 
 
 def _dry_runs(
@@ -88,7 +87,6 @@ def _dry_runs(
             return watch(step, model, names, tracker)
 
     feeds = Feeds(model, names)
-    imagined.record(step, model, batch, optimizer)  # the first makes what stays
     plain = run(Plan(), feeds.following_chain()(step))
     starting = [name for name in names if name not in feeds.in_place()]
     try:
@@ -102,9 +100,7 @@ def _dry_runs(
     except ValueError:  # a ModuleList whose owner does more than feed one to the next
         joined, joined_plan = alone, Plan.alone(starting)
     runs = Runs(model, batch, plain, alone, joined, frozenset(starting), joined_plan)
-    chain = runs.chain()
-    model.zero_grad(set_to_none=True)
-    return chain
+    return runs.chain()
 
 
 def chain_parent(model: nn.Module) -> str:

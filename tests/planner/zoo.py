@@ -39,7 +39,9 @@ class Dense(nn.Module):
         self.stem = conv(3, growth)
         self.layers = nn.ModuleList(
             nn.Sequential(
-                nn.BatchNorm2d(growth * (i + 1)), nn.ReLU(), conv(growth * (i + 1), growth)
+                nn.BatchNorm2d(growth * (i + 1)),
+                nn.ReLU(),
+                conv(growth * (i + 1), growth),
             )
             for i in range(layers)
         )
@@ -77,7 +79,9 @@ class Experts(nn.Module):
         super().__init__()
         self.gate = nn.Linear(width, experts)
         self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+            nn.Sequential(
+                nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+            )
             for _ in range(experts)
         )
         self.head = nn.Linear(width, 4)
@@ -107,7 +111,11 @@ class Loop(nn.Module):
 
     def __init__(self, width: int = 32, steps: int = 4) -> None:
         super().__init__()
-        self.steps, self.mix, self.act = steps, nn.Linear(2 * width, 2 * width), nn.GLU()
+        self.steps, self.mix, self.act = (
+            steps,
+            nn.Linear(2 * width, 2 * width),
+            nn.GLU(),
+        )
         self.head = nn.Sequential(nn.Linear(width, 128), nn.GELU(), nn.Linear(128, 4))
 
     def forward(self, x):
@@ -125,7 +133,9 @@ class Squeezed(nn.Module):
         self.stem = conv(3, channels)
         self.norm, self.act = nn.InstanceNorm2d(channels), nn.ReLU(inplace=True)
         self.body = nn.Sequential(conv(channels, channels), nn.Hardswish(inplace=True))
-        self.gate = nn.Sequential(nn.Linear(channels, 4), nn.ReLU(), nn.Linear(4, channels))
+        self.gate = nn.Sequential(
+            nn.Linear(channels, 4), nn.ReLU(), nn.Linear(4, channels)
+        )
         self.head = conv(channels, 2, 1)
 
     def forward(self, x):
@@ -168,7 +178,9 @@ class Mixer(nn.Module):
         super().__init__()
         self.stages = nn.ModuleDict(
             {
-                name: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ELU())
+                name: nn.Sequential(
+                    nn.LayerNorm(width), nn.Linear(width, width), nn.ELU()
+                )
                 for name in ("low", "high")
             }
         )
