@@ -26,6 +26,7 @@ from helpers.models import DocsMLP, uniform_mlp
 from helpers.planner import Chain, best_plan, least_peak_bytes, pareto
 from helpers.timeline import record_timeline
 from tests.browser import page as browser
+from tests.planner import table
 from tests.planner.chains import equal_chain, every_plan, mixed_chain, whole_front
 from tests.planner.nested import nested_least_cost
 
@@ -270,6 +271,8 @@ def main() -> None:
     planner_within_a_gap()
     planner_against_nested()
     planner_against_every_plan()
+    table.show_large()
+    table.show()
 
 
 if __name__ == "__main__":

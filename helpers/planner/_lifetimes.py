@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from helpers.checkpointing import segments_of
 from helpers.timeline import Allocation, Tracker, counting, tensors_in
 from helpers.timeline.feeds import Feeds, hooked
 
 STAND_IN = "stand-in"  # the phase of what is no storage of the step's own
+JOINED = 1_500  # joined runs of one list of modules, more or less
 
 
 @dataclass(eq=False)
@@ -177,3 +179,31 @@ def _not_counted() -> Iterator[None]:
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+def joined_runs(
+    watched: Lifetimes, called: dict[str, list[int]]
+) -> Iterator[tuple[str, ...]]:
+    """Yield runs of two and more neighbours that can share a segment."""
+    feeds = watched.feeds
+
+    def joins(one: str, other: str) -> bool:
+        return not feeds.break_between(one, other)
+
+    for parent, module in feeds.model.named_modules():
+        if isinstance(module, nn.Sequential) and parent not in called:
+            continue  # its children are called by somebody else
+        names = [f"{parent}.{child}".lstrip(".") for child in module._modules]
+        names = [name for name in names if name in called]
+        for run in segments_of(names, joins).segments:
+            for length in _lengths(len(run)):
+                for first in range(len(run) - length + 1):
+                    yield run[first : first + length]
+
+
+def _lengths(n: int) -> Iterator[int]:
+    """Yield lengths of joined runs: all in a short chain, else fewer of long ones."""
+    length = 2
+    while length <= n:
+        yield length
+        length += max(1, length * n * n // (4 * JOINED))

@@ -21,19 +21,18 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from helpers.checkpointing import Plan, segments_of
+from helpers.checkpointing import Plan
 from helpers.measure import StepReport
 from helpers.planner._estimate import Estimate, Unit
 from helpers.planner._judge import Judge
-from helpers.planner._lifetimes import Lifetimes
+from helpers.planner._lifetimes import joined_runs
 from helpers.planner._search import Pool, unbeaten_of
 from helpers.planner.best import InfeasibleBudget, best_plan, pareto
 from helpers.planner.chain import Chain
 from helpers.planner.profiling import profile
 from helpers.units import parse_bytes
 
-JOINED = 1_500  # joined runs of one list of modules that are offered, more or less
-TRIES = 24  # dry runs of plans that need more than their estimates
+TRIES, EVENTS = 24, 200_000  # dry runs that go astray, more of them in short steps
 LONG, GAP = 200, 0.015  # stages from which on a chain is solved within a gap
 
 
@@ -104,7 +103,7 @@ class Planner:
         self.chain = self._chain()
         self._pool: Pool | None = None
         self._cost_of: dict[tuple[str, ...], int] = {}  # of segments, where measured
-        self.shift_bytes = 0  # by which dry runs are above the estimates, at most
+        self.shift_bytes = self.low_bytes = 0  # dry runs less estimates: most, least
 
     def _chain(self) -> Chain | None:
         judge = self.judge
@@ -142,7 +141,8 @@ class Planner:
                 self._take_times(units)
             estimate.offer(units)
             self._pool = Pool(estimate)
-            self.shift_bytes = self.plain.peak_bytes - int(self._pool.peaks[0])
+            excess_bytes = self.plain.peak_bytes - int(self._pool.peaks[0])
+            self.shift_bytes = self.low_bytes = excess_bytes
         return self._pool
 
     def _take_times(self, units: list[Unit]) -> None:
@@ -210,14 +210,18 @@ class Planner:
 
     def _of_lowest(self, budget_bytes: int) -> StepReport | None:
         """Look at the lowest plans themselves, where no estimate is low enough."""
-        for _ in range(TRIES):
-            pool = self.pool
+        events = len(self.pool.estimate.watched.log)
+        for tried in range(max(TRIES, EVENTS // events)):
+            pool, judge = self.pool, self.judge
             places = (~pool.confirmed).nonzero()[:, 0]
-            lowest = min(report.peak_bytes for report in self.judge.reports)
-            likely = pool.peaks[places] + min(self.shift_bytes, 0)
-            if not len(places) or likely.min() >= lowest:
+            if not len(places):
                 break
-            self._confirmed(int(places[likely.argmin()]))
+            lowest = min(report.peak_bytes for report in judge.reports)
+            place = int(places[pool.peaks[places].argmin()])
+            is_exact = tried > 2 and self.low_bytes == self.shift_bytes
+            if is_exact and pool.peaks[place] + self.low_bytes >= lowest:
+                break
+            self._confirmed(place)
         fit = [it for it in self.judge.reports if it.peak_bytes <= budget_bytes]
         return min(fit, key=lambda report: self.cost(report.plan), default=None)
 
@@ -234,6 +238,7 @@ class Planner:
             return None
         excess_bytes = report.peak_bytes - int(pool.peaks[place])
         self.shift_bytes = max(self.shift_bytes, excess_bytes)
+        self.low_bytes = min(self.low_bytes, excess_bytes)
         pool.confirm(place, report.peak_bytes)
         return report
 
@@ -299,31 +304,3 @@ def offered(estimate: Estimate) -> list[Unit]:
         if any(run.again_bytes for run in unit.runs):
             units.setdefault(unit.effect(), unit)  # one of those that are as good
     return list(units.values())
-
-
-def joined_runs(
-    watched: Lifetimes, called: dict[str, list[int]]
-) -> Iterator[tuple[str, ...]]:
-    """Yield runs of two and more neighbours that can share a segment."""
-    feeds = watched.feeds
-
-    def joins(one: str, other: str) -> bool:
-        return not feeds.break_between(one, other)
-
-    for parent, module in feeds.model.named_modules():
-        if isinstance(module, nn.Sequential) and parent not in called:
-            continue  # its children are called by somebody else
-        names = [f"{parent}.{child}".lstrip(".") for child in module._modules]
-        names = [name for name in names if name in called]
-        for run in segments_of(names, joins).segments:
-            for length in _lengths(len(run)):
-                for first in range(len(run) - length + 1):
-                    yield run[first : first + length]
-
-
-def _lengths(n: int) -> Iterator[int]:
-    """Yield lengths of joined runs: all in a short chain, else fewer of long ones."""
-    length = 2
-    while length <= n:
-        yield length
-        length += max(1, length * n * n // (4 * JOINED))

@@ -1,41 +1,27 @@
 """Plans for any model: estimates against dry runs, choices against every plan."""
 
 import random
-from collections.abc import Iterator
 
 import pytest
+import torch
 from torch import nn
 
 from helpers.checkpointing import Plan
 from helpers.measure import StepReport, measure, predict
-from helpers.planner import InfeasibleBudget, Planner, front_for, plan_for
-from tests.planner.zoo import LARGE, SMALL
+from helpers.models.architectures import GPT, Block
+from helpers.planner import (
+    InfeasibleBudget,
+    Planner,
+    front_for,
+    pareto,
+    plan_for,
+    profile,
+)
+from helpers.units import format_bytes
+from tests.planner.table import called, every_plan
+from tests.planner.zoo import LARGE, SMALL, ids
 
 MODELS = SMALL | LARGE
-
-
-def called(model: nn.Module, batch: object) -> list[str]:
-    """Name the modules whose forward is called, in the order of their names."""
-    found = set()
-    hooks = [
-        module.register_forward_pre_hook(lambda *_, name=name: found.add(name))
-        for name, module in model.named_modules()
-    ]
-    predict(model, batch, device="cpu")
-    for hook in hooks:
-        hook.remove()
-    return [name for name, _ in model.named_modules() if name in found - {""}]
-
-
-def every_plan(names: list[str]) -> Iterator[list[str]]:
-    """List all choices of modules of which none lies in another."""
-    if not names:
-        yield []
-        return
-    first, *others = names
-    yield from every_plan(others)
-    apart = [name for name in others if not name.startswith(f"{first}.")]
-    yield from ([first, *plan] for plan in every_plan(apart))
 
 
 def try_all(model: nn.Module, batch: object, **settings) -> list[StepReport]:
@@ -100,3 +86,117 @@ def test_what_is_measured_fits_the_budget(name):
     for budget in budgets_between(front[0].peak_bytes, planner.plain.peak_bytes, 3):
         report = planner.best(budget)
         assert measure(model, batch, report.plan, repeats=0).peak_bytes <= budget
+
+
+def penalty(model, batch, optimizer):
+    """Train on the loss and on the gradient that the input has."""
+    x = batch.detach().requires_grad_()
+    loss = torch.tanh(model(x)).sum()
+    (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+    (loss + slope.square().sum()).backward()
+
+
+def accumulate(model, batch, optimizer):
+    """Update after two halves of the batch."""
+    optimizer.zero_grad()
+    for part in batch.chunk(2):
+        model(part).square().mean().backward()
+    optimizer.step()
+
+
+STEPS = [(penalty, None), (accumulate, torch.optim.AdamW)]
+
+
+@pytest.mark.parametrize(("step", "optimizer"), STEPS)
+def test_a_step_of_ones_own(step, optimizer):
+    make, batch = SMALL["siamese"]
+    model, settings = make(), {"step": step, "optimizer": optimizer, "device": "cpu"}
+    reports = try_all(model, batch, **settings)
+    planner = Planner(model, batch, **settings)
+    for budget in {report.peak_bytes for report in reports}:
+        fitting = [it for it in reports if it.peak_bytes <= budget]
+        found = planner.best(budget)
+        assert found.peak_bytes <= budget
+        least_cost = min(report.recompute_flops for report in fitting)
+        assert found.recompute_flops <= 1.05 * least_cost
+
+
+def test_a_chain_costs_what_the_best_chain_does():
+    with torch.device("meta"):
+        model = nn.Sequential(*[Block(64, 4) for _ in range(6)])
+    batch = torch.empty(4, 32, 64, device="meta")
+    chain, planner = profile(model, batch), Planner(model, batch)
+    for peak, cost, _ in pareto(chain, 6):
+        found = planner.best(peak)
+        assert found.peak_bytes <= peak and found.recompute_flops <= cost
+
+
+def test_front_goes_from_the_least_peak_to_no_recomputation():
+    make, batch = LARGE["ResNet"]
+    front = front_for(make, batch, 10)
+    peaks = [report.peak_bytes for report in front]
+    costs = [report.recompute_flops for report in front]
+    assert peaks == sorted(peaks) and costs == sorted(costs, reverse=True)
+    assert 5 <= len(front) and costs[-1] == 0
+    with pytest.raises(InfeasibleBudget) as error:
+        plan_for(make, batch, peaks[0] - 1)
+    assert error.value.minimum_bytes == peaks[0]
+    assert front[0] == predict(make, batch, front[0].plan)
+
+
+def test_what_else_would_help():
+    make, batch = lambda: GPT(2, 32, 4, 50, 64), ids(8, 64)
+    with pytest.raises(InfeasibleBudget) as error:
+        plan_for(make, batch, "1 KiB", optimizer=torch.optim.AdamW)
+    planner = Planner(make, batch, optimizer=torch.optim.AdamW)
+    (least, *_) = planner.front()
+    sgd = predict(make, batch, least.plan, optimizer=torch.optim.SGD)
+    assert error.value.minimum_bytes == least.peak_bytes
+    assert f"{format_bytes(sgd.peak_bytes)} with plain SGD" in str(error.value)
+    assert "with half the batch" in str(error.value)
+
+
+class Counted(nn.Module):
+    """A layer that does something else each time that it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.calls = nn.Linear(32, 512), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return torch.tanh(self.linear(x) * self.calls).sum(-1, keepdim=True) * x
+
+
+def test_no_plan_is_proposed_that_gives_other_gradients():
+    torch.manual_seed(0)
+    model = nn.Sequential(Counted(), nn.Linear(32, 512), nn.Tanh())
+    batch = torch.randn(64, 32)
+    plan = Plan.alone(["0"])
+    plain = predict(model, batch, device="cpu").peak_bytes
+    assert predict(model, batch, plan, device="cpu").peak_bytes < plain
+    planner = Planner(model, batch, device="cpu")
+    assert all("0" not in report.plan.names for report in planner.front())
+    with pytest.raises(InfeasibleBudget):
+        planner.best(plain // 2)
+
+
+def test_least_time_as_measured():
+    make, batch = LARGE["U-Net"]
+    planner = Planner(make(), batch, device="cpu", measured=True)
+    report = planner.best(planner.front()[0].peak_bytes)
+    assert report.plan.segments and 0 < planner.cost(report.plan) < 1000
+
+
+@pytest.mark.parametrize(
+    "budget",
+    ["8 apples", "", "GiB", None, True, 0, -1, 1.5, float("nan"), float("inf"), 2**70],
+)
+def test_a_budget_that_is_none(budget):
+    with pytest.raises(ValueError, match="memory is a whole number of bytes above 0"):
+        plan_for(*SMALL["loop"], budget)
+
+
+def test_nothing_to_tick():
+    with pytest.raises(InfeasibleBudget, match="the least that works"):
+        plan_for(nn.Linear(8, 8), torch.randn(4, 8), 100)

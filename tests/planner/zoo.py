@@ -1,5 +1,7 @@
 """Small models of the kinds that people plan for, with batches: none is a chain."""
 
+import contextlib
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -223,3 +225,69 @@ LARGE = {
     ),
     "experts": (lambda: Experts(32, 6), images(48, 32)),
 }
+
+
+MORE = {
+    "U-Net, 4 levels": (lambda: UNet(4, 8), images(2, 3, 32, 32)),
+    "ResNet, 8 blocks": (lambda: ResNet((3, 3, 2), 8), images(2, 3, 16, 16)),
+    "DenseNet, 10 layers": (lambda: Dense(10, 4), images(2, 3, 16, 16)),
+    "decoder, 6 blocks": (lambda: GPT(6, 32, 4, 50, 32), ids(2, 32)),
+}
+
+_TEXT = """Bert Roberta DistilBert Electra Albert Llama Qwen2 OPT GPTNeoX Bloom Gemma
+  FNet Bart""".split()
+_PICTURES = "ViT DeiT Beit ResNet Swin Segformer RegNet PoolFormer Dinov2".split()
+_SIZES = {
+    **{"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 64},
+    **{"max_position_embeddings": 64, "embedding_size": 16, "head_dim": 8, "dim": 32},
+    **{"hidden_dim": 64, "n_heads": 4, "n_layers": 2, "n_layer": 2, "n_head": 4},
+    **{"ffn_dim": 64, "word_embed_proj_dim": 32, "d_model": 32, "encoder_layers": 2},
+    **{"decoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 64},
+    **{"decoder_attention_heads": 4, "decoder_ffn_dim": 64, "pad_token_id": 0},
+    **{"bos_token_id": 1, "eos_token_id": 2, "image_size": 32, "patch_size": 8},
+    **{"use_cache": False, "groups_width": 4, "decoder_hidden_size": 16},
+}
+_STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+_SWIN = {"embed_dim": 12, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+
+
+def from_transformers() -> dict:
+    """List small models of the transformers package, with their losses inside."""
+    found = {name: (_small(name), _text(name)) for name in _TEXT}
+    labels = torch.tensor([0, 1])
+    batch = {"pixel_values": images(2, 3, 32, 32), "labels": labels}
+    found |= {f"{name} (pictures)": (_small(name, True), batch) for name in _PICTURES}
+    return found
+
+
+def _head(name: str, pictures: bool = False) -> str:
+    if pictures:
+        return "ForImageClassification"
+    if name == "Bart":
+        return "ForConditionalGeneration"
+    encoders = "Bert Roberta DistilBert Electra Albert FNet".split()
+    return "ForSequenceClassification" if name in encoders else "ForCausalLM"
+
+
+def _text(name: str) -> dict:
+    labels = torch.tensor([0, 1]) if "Sequence" in _head(name) else ids(2, 16)
+    return {"input_ids": ids(2, 16) + 3, "labels": labels}
+
+
+def _small(name: str, pictures: bool = False):
+    def make() -> nn.Module:
+        import transformers
+
+        config = getattr(transformers, f"{name}Config")()
+        sizes = _SIZES | ({"patch_size": 2} | _SWIN if name == "Swin" else {})
+        if isinstance(getattr(config, "hidden_sizes", None), list):
+            sizes |= _STAGES | {"embedding_size": 8}
+            del sizes["patch_size"]
+        for key, value in sizes.items():
+            with contextlib.suppress(TypeError, ValueError):  # a list in some
+                if hasattr(config, key):
+                    setattr(config, key, value)
+        return getattr(transformers, name + _head(name, pictures))(config).train()
+
+    return make
