@@ -1,7 +1,5 @@
 """Small models of the kinds that people plan for, with batches: none is a chain."""
 
-import contextlib
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -285,9 +283,9 @@ def _small(name: str, pictures: bool = False):
             sizes |= _STAGES | {"embedding_size": 8}
             del sizes["patch_size"]
         for key, value in sizes.items():
-            with contextlib.suppress(TypeError, ValueError):  # a list in some
-                if hasattr(config, key):
-                    setattr(config, key, value)
+            own = getattr(config, key, "")
+            if own is None or type(own) in (type(value), tuple):  # a list in some
+                setattr(config, key, value)
         return getattr(transformers, name + _head(name, pictures))(config).train()
 
     return make
