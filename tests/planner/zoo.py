@@ -283,8 +283,8 @@ def _small(name: str, pictures: bool = False):
             sizes |= _STAGES | {"embedding_size": 8}
             del sizes["patch_size"]
         for key, value in sizes.items():
-            own = getattr(config, key, "")
-            if own is None or type(own) in (type(value), tuple):  # a list in some
+            has_list = isinstance(getattr(config, key, None), list | tuple)
+            if hasattr(config, key) and (isinstance(value, list) or not has_list):
                 setattr(config, key, value)
         return getattr(transformers, name + _head(name, pictures))(config).train()
 
