@@ -7,8 +7,8 @@ the tensor that is summed. Every bias's gradient is such a sum. A product copies
 matrix that cuBLAS cannot read as it lies, such as the gradient of ``output.sum()``.
 
 Source: ``setReduceConfig`` in Reduce.cuh and ``prepare_matrix_for_cublas`` in
-cuBlasCommonArgs.h, in ATen/native/cuda among the headers that PyTorch installs. Other
-kernels' scratch (cuDNN's, attention's) is not known here.
+cuBlasCommonArgs.h, in ATen/native/cuda among the headers that PyTorch installs.
+``kernels`` has what a plain model does without.
 """
 
 import contextlib
@@ -21,22 +21,21 @@ from typing import NamedTuple
 import torch
 
 from helpers.checkpointing import Undo
-from helpers.timeline.operators import no_scratch
-from helpers.units import round_to_block
+from helpers.timeline.operators import Requests, no_scratch
 
 
 class Gpu(NamedTuple):
-    """What a sum's buffer depends on: in how many blocks of threads a GPU can sum."""
+    """What the bytes of a step depend on, besides the step."""
 
     processors: int  # multiprocessors
     threads: int  # that each of them can hold
+    capability: tuple[int, int] = (9, 0)
 
 
 H100 = Gpu(132, 2048)  # also an H200
 _chosen: contextvars.ContextVar[Gpu | None] = contextvars.ContextVar("gpu")
+WORKSPACE = 0  # among what an operator requests: cuBLAS's, taken once and kept
 _aten = torch.ops.aten
-_SUMS = {_aten.sum.default, _aten.sum.dim_IntList, _aten.mean.default, _aten.mean.dim}
-_PRODUCTS = {_aten.mm.default, _aten.addmm.default}
 
 
 def this_gpu() -> Gpu:
@@ -46,36 +45,61 @@ def this_gpu() -> Gpu:
     if not torch.cuda.is_available():
         return H100
     found = torch.cuda.get_device_properties("cuda")
-    return Gpu(found.multi_processor_count, found.max_threads_per_multi_processor)
+    sizes = found.multi_processor_count, found.max_threads_per_multi_processor
+    return Gpu(*sizes, (found.major, found.minor))
 
 
 @contextlib.contextmanager
-def on_gpu(gpu: Gpu) -> Iterator[None]:
-    """Predict for another GPU inside this block."""
+def on_gpu(gpu: Gpu | str | None) -> Iterator[None]:
+    """Predict for another GPU inside this block; None changes nothing.
+
+    Raises:
+        ValueError: for a name that is none of ``helpers.allocator.cards``.
+    """
+    if isinstance(gpu, str):
+        from helpers.allocator.cards import named
+
+        gpu = named(gpu)
     with Undo() as undo:
-        undo.callback(_chosen.reset, _chosen.set(gpu))
+        undo.callback(_chosen.reset, _chosen.set(gpu or _chosen.get(None)))
         yield
 
 
-def scratch_on(device: str) -> Callable[[torch._ops.OpOverload, tuple], int]:
+def scratch_on(device: str) -> Callable[[torch._ops.OpOverload, tuple], Requests]:
     """Choose what tells an operator's scratch; none is known of a CPU's kernels."""
     if device == "cuda":
-        return functools.partial(scratch_bytes, gpu=this_gpu())
+        return functools.partial(requests_of, gpu=this_gpu())
     return no_scratch
 
 
-def scratch_bytes(func: torch._ops.OpOverload, args: tuple, gpu: Gpu) -> int:
-    """Tell how much an operator takes besides its output, in blocks of 512 B.
+def requests_of(func: torch._ops.OpOverload, args: tuple, gpu: Gpu) -> Requests:
+    """Tell what an operator takes besides its output, in bytes.
 
     Args:
         args: what the operator is called with, on any device.
     """
-    if func in _PRODUCTS:
-        unread = (matrix for matrix in args[-2:] if not _can_be_read(matrix))
-        return sum(round_to_block(x.numel() * x.element_size()) for x in unread)
-    if func not in _SUMS or not args[0].numel() or not args[0].is_floating_point():
-        return 0
+    rule = _RULES.get(func)
+    if rule is None:
+        return ()
+    if isinstance(rule, str):  # a plain model does without
+        from helpers.allocator import kernels
+
+        _RULES[func] = rule = getattr(kernels, rule)
+    return rule(args, gpu)
+
+
+def _of_product(args: tuple, gpu: Gpu) -> Requests:
+    """Copy what cuBLAS cannot read."""
+    matrices = [x for x in args if isinstance(x, torch.Tensor) and x.dim() > 1][-2:]
+    unread = (matrix for matrix in matrices if not _can_be_read(matrix))
+    return (*(x.numel() * x.element_size() for x in unread), WORKSPACE)
+
+
+def _of_reduction(args: tuple, gpu: Gpu) -> Requests:
+    """Give each block of threads a place for the part that it adds up."""
     x, dims = args[0], args[1] if len(args) > 1 else None
+    if not x.numel() or not x.is_floating_point():
+        return ()
     dims = range(x.dim()) if not dims else [dim % x.dim() for dim in dims]
     item_bytes = x.element_size()
     address = x.storage_offset() * item_bytes
@@ -83,9 +107,18 @@ def scratch_bytes(func: torch._ops.OpOverload, args: tuple, gpu: Gpu) -> int:
     return _of_sum(axes, item_bytes, address, gpu)
 
 
+_PRODUCTS = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.mv, _aten.addmv)
+_PRODUCTS += (_aten.dot, _aten.vdot, _aten.addbmm, _aten._addmm_activation)
+_SUMS = _aten.sum.default, _aten.sum.dim_IntList, _aten.mean.default, _aten.mean.dim
+_RULES: dict[torch._ops.OpOverload, Callable | str] = {
+    **dict.fromkeys((product.default for product in _PRODUCTS), _of_product),
+    **dict.fromkeys(_SUMS, _of_reduction),
+}
+
+
 def _can_be_read(matrix: torch.Tensor) -> bool:
     """Say whether cuBLAS can read a matrix as it lies, by rows or by columns."""
-    (rows, columns), (down, along) = matrix.shape, matrix.stride()
+    (rows, columns), (down, along) = matrix.shape[-2:], matrix.stride()[-2:]
     if 1 in (rows, columns) and (along if rows == 1 else down) == 1:
         return True  # a vector
     by_rows = along == 1 and down >= max(1, columns)
@@ -129,7 +162,7 @@ def _coalesced(axes: list[_Axis]) -> list[_Axis]:
     return joined
 
 
-def _of_sum(axes: list[_Axis], item_bytes: int, address: int, gpu: Gpu) -> int:
+def _of_sum(axes: list[_Axis], item_bytes: int, address: int, gpu: Gpu) -> Requests:
     """Halve what 32 bits cannot index, as often as it takes; the larger half counts."""
     numel = math.prod(axis.size for axis in axes)
     extents = [
@@ -143,24 +176,24 @@ def _of_sum(axes: list[_Axis], item_bytes: int, address: int, gpu: Gpu) -> int:
     half = axis.size // 2
     middle = address + half * axis.stride * item_bytes
 
-    def part(size: int, start: int) -> int:
+    def part(size: int, start: int) -> Requests:
         parts = [*axes[:longest], axis._replace(size=size), *axes[longest + 1 :]]
         return _of_sum(parts, item_bytes, start, gpu)
 
-    return max(part(half, address), part(axis.size - half, middle))
+    return max(part(half, address), part(axis.size - half, middle), key=sum)
 
 
 # One kernel -------------------------------------------------------------------------
 
 
-def _of_kernel(axes: list[_Axis], item_bytes: int, address: int, gpu: Gpu) -> int:
+def _of_kernel(axes: list[_Axis], item_bytes: int, address: int, gpu: Gpu) -> Requests:
     """Size a kernel's buffer for partial sums, and its semaphores."""
     summed = [axis for axis in axes if not axis.output_stride]
     kept = [axis for axis in axes if axis.output_stride]
     n_inputs = math.prod(axis.size for axis in summed)
     n_outputs = math.prod(axis.size for axis in kept)
     if n_inputs == 1:
-        return 0
+        return ()
     along_rows = not kept or summed[0].stride < kept[0].stride
     dim0, dim1 = (n_inputs, n_outputs) if along_rows else (n_outputs, n_inputs)
     fastest = summed[0] if along_rows else kept[0]
@@ -182,13 +215,13 @@ def _of_kernel(axes: list[_Axis], item_bytes: int, address: int, gpu: Gpu) -> in
     grid = -(-(n_outputs // vector) // step_output)
     target = gpu.processors * (gpu.threads // (width * height))
     if not is_split or values < 256 or grid > target:
-        return 0
+        return ()
     blocks = max(min(-(-target // grid), -(-values // 16)), -(-values // 256))
     if blocks == 1:
-        return 0
+        return ()
     buffer = max(item_bytes, 4) * n_outputs * blocks  # sums of halves are in float32
     buffer *= 1 if along_rows else width * vector
-    return round_to_block(buffer) + round_to_block(4 * grid)
+    return buffer, 4 * grid
 
 
 def _vector(first: _Axis, others: list[_Axis], offset: int) -> int:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import optimizer as optimizers
 
 from helpers import lazily
-from helpers.allocator import scratch_on
+from helpers.allocator import on_gpu, scratch_on
 from helpers.checkpointing import Undo
 from helpers.dry_run.kernels import (
     choose_kernels,
@@ -128,7 +128,9 @@ class Imagined:
 
 
 @contextlib.contextmanager
-def as_on(device: str, autocast: torch.dtype | None = None) -> Iterator[Imagined]:
+def as_on(
+    device: str, autocast: torch.dtype | None = None, gpu: str | None = None
+) -> Iterator[Imagined]:
     """Run steps on meta tensors, inside the block, as a device would run them.
 
     Nothing of it is left behind: random numbers, kernels and casts are as before.
@@ -136,9 +138,10 @@ def as_on(device: str, autocast: torch.dtype | None = None) -> Iterator[Imagined
     Args:
         device: "cpu" or "cuda".
         autocast: the lower precision that the steps use, if any.
+        gpu: the CUDA card, by its name; default: this machine's, or else an H100.
 
     Raises:
-        ValueError: for another device.
+        ValueError: for another device, or an unknown card.
     """
     kind = str(device).partition(":")[0]
     if kind not in ("cpu", "cuda"):
@@ -146,6 +149,7 @@ def as_on(device: str, autocast: torch.dtype | None = None) -> Iterator[Imagined
     # What the host keeps, an optimizer's step count say, is no GPU memory.
     devices = frozenset(("meta",) if kind == "cuda" else ("meta", "cpu"))
     with Undo() as undo:
+        undo.enter_context(on_gpu(gpu))
         undo.callback(counting.reset, counting.set(()))
         undo.enter_context(torch.random.fork_rng(devices=[]))
         undo.callback(random.setstate, random.getstate())

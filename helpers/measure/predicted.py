@@ -4,11 +4,13 @@ The same step is run as a device runs it, so that shapes and lifetimes, and with
 the bytes, are the same.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from helpers.allocator import Gpu, this_gpu
 from helpers.checkpointing import Plan, checkpointed
 from helpers.dry_run import GivenOptimizer, as_on
 from helpers.measure.report import StepReport
@@ -28,6 +30,7 @@ def predict(
     autocast: torch.dtype | None = None,
     step: Step | None = None,
     device: str = "cuda",
+    gpu: str | None = None,
     **checkpoint_options,
 ) -> StepReport:
     """Predict the bytes and FLOPs of one training step; allocates nothing.
@@ -48,22 +51,31 @@ def predict(
         autocast: the lower precision in which autocast runs forward and loss, if any.
         step: a training step of your own, called with model, batch and optimizer.
         device: "cpu" or "cuda", whose kernels and defaults are assumed.
+        gpu: for which CUDA card, as "A100"; default: this machine's, or else an H100.
         checkpoint_options: see ``checkpointed``.
 
     Raises:
         ValueError: if the plan, the batch or the device does not fit.
     """
-    with as_on(device, autocast) as imagined:
+    with as_on(device, autocast, gpu) as imagined:
         given = model_or_factory, batch, loss, step
         model, batch, loss, step = imagined.stand_ins(*given)
         made = imagined.optimizer(optimizer, model)
         run = training_step(model, batch, loss, made, autocast, step)
         with checkpointed(model, plan, **checkpoint_options):
-            for _ in range(2 if made or step else 1):  # the first makes what stays
+            timeline = first = imagined.record(run, model, batch, made)
+            if made or step or _leaves(timeline):  # the first makes what stays
                 timeline = imagined.record(run, model, batch, made)
         model.zero_grad(set_to_none=True)
-        unknown = imagined.unknown(timeline)
-    return report_of(timeline, plan, imagined.device, "predicted", unknown)
+        told = plan, imagined.device, "predicted", imagined.unknown(timeline)
+        return report_of(timeline, *told, first)
+
+
+def _leaves(timeline: Timeline) -> bool:
+    """Say whether a step leaves anything but gradients, such as what a model caches."""
+    gone = {event.allocation for event in timeline.events if event.kind == "free"}
+    left = {event.allocation for event in timeline.events} - gone
+    return any(allocation.category != "gradient" for allocation in left)
 
 
 def report_of(
@@ -72,11 +84,13 @@ def report_of(
     device: str,
     source: str,
     unknown: tuple[str, ...] = (),
+    first: Timeline | None = None,
 ) -> StepReport:
     """Read a report off a timeline; it has no time in it.
 
     Args:
         unknown: operators whose memory is a library's own choice.
+        first: the first step of all, if that is another.
 
     Raises:
         ValueError: if there is no backward in it.
@@ -85,6 +99,9 @@ def report_of(
         from helpers.measure.faults import NO_BACKWARD, Misfit
 
         raise Misfit(NO_BACKWARD)
+    count = None
+    if (device, source) == ("cuda", "predicted"):
+        count = functools.partial(_counted, (first or timeline, timeline), this_gpu())
     return StepReport(
         peak_bytes=timeline.peak_bytes,
         after_forward_bytes=timeline.after_forward_bytes,
@@ -97,7 +114,13 @@ def report_of(
         device=device,
         source=source,
         plan=plan,
-        allocator_peak_bytes=timeline.allocator_peak_bytes,
         timeline=timeline,
+        count=count,
         unknown=unknown,
     )
+
+
+def _counted(steps: tuple[Timeline, Timeline], gpu: Gpu) -> dict[str, int]:
+    from helpers.allocator.replay import counted  # when it is asked for
+
+    return counted(steps, gpu)

@@ -1,5 +1,6 @@
 """The numbers of one training step, measured or predicted, in one frozen record."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,6 +12,28 @@ from helpers.units import format_bytes, format_flops, format_ms
 def plain_step_flops(report: "StepReport") -> int:
     """Count a step that recomputes nothing: backward multiplies twice as forward."""
     return 3 * report.forward_flops
+
+
+class _Counted:
+    """A number of the device's allocator, which a prediction counts when it is asked.
+
+    A field's default; a report that was not told the number finds it by ``count``.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, report: "StepReport | None", owner: type) -> int | None:
+        if report is None:
+            return None  # the default
+        known = vars(report)
+        if known[self.name] is None:
+            counts = report.count() if report.count else {}
+            known |= {"allocator_peak_bytes": report.peak_bytes} | counts
+        return known[self.name] or 0
+
+    def __set__(self, report: "StepReport", value: int | None) -> None:
+        vars(report)[self.name] = value
 
 
 @dataclass(frozen=True)
@@ -29,17 +52,21 @@ class StepReport:
     source: Literal["measured", "predicted", "recorded"]
     plan: Plan = Plan()
     repeats: int = 0  # how many runs the median is of
-    # Of the device's allocator; all but the first are measured on CUDA alone.
-    allocator_peak_bytes: int = 0  # most it counts: peak_bytes and kernels' scratch
-    padding_bytes: int = 0  # by how much its blocks are larger than what is asked for
-    workspace_bytes: int = 0  # cuBLAS's own, in neither peak
-    reserved_bytes: int = 0  # most that it took from the GPU, for all
+    # Of the device's allocator; on a CPU, the first is peak_bytes and the others are 0.
+    allocator_peak_bytes: int = _Counted()  # most that blocks and kernels' scratch take
+    padding_bytes: int = (
+        0  # measured: how much larger blocks are than what is asked for
+    )
+    workspace_bytes: int = _Counted()  # cuBLAS's own, in neither peak
+    reserved_peak_bytes: int = _Counted()  # most that it took from the GPU, for all
     unknown: tuple[str, ...] = ()  # operators whose memory is a library's own choice
     timeline: Timeline | None = field(default=None, repr=False, compare=False)
+    # Counts what a prediction's allocator says, by names of the fields above.
+    count: Callable[[], dict] | None = field(default=None, repr=False, compare=False)
 
     @property
     def scratch_bytes(self) -> int:
-        """By how much kernels' scratch makes the allocator's peak higher."""
+        """By how much kernels' scratch and whole blocks make its peak higher."""
         return max(0, self.allocator_peak_bytes - self.peak_bytes)
 
     def to_dict(self) -> dict:

@@ -50,7 +50,8 @@ class Comparison:
 
 def compared(recording: Recording) -> list[Comparison]:
     """Predict anew all that was measured, for the GPU that it was measured on."""
-    with on_gpu(Gpu(recording.processors, recording.threads)):
+    gpu = Gpu(recording.processors, recording.threads, recording.capability)
+    with on_gpu(gpu):
         return [
             Comparison(group.step, one, group.step.predicted(one.plan, one.device))
             for group in recording.groups

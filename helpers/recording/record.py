@@ -32,7 +32,8 @@ from helpers.recording.recorded import (
 
 # The set: a few minutes on a modern GPU ---------------------------------------------
 REPEATS, WARMUP = 20, 3
-SAME = "gpu driver cuda torch processors threads repeats warmup made_up".split()
+SAME = "gpu driver cuda torch processors threads capability".split()
+SAME += "repeats warmup made_up".split()
 LAYERS = [f"layer{place}" for place in range(1, 18)]
 WAIST = [1024, 2048, 2048, 512, 2048, 1024]  # the widths of notebook 09, outputs apart
 BOTH = ("relu", "gelu")
@@ -193,6 +194,8 @@ def this_machine() -> Recording:
 def run(folder: Path) -> None:
     """Record this machine's GPU, and compare; if it stops, end with one sentence."""
     blank = this_machine()
+    if "nocard" in blank.gpu:
+        sys.exit(f"{blank.gpu} computes nothing, so its times and values are rubbish")
     path = folder / blank.file_name
     print(f"{blank.label}, driver {blank.driver}, into {path}")
     try:

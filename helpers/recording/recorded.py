@@ -114,6 +114,7 @@ class Recording:
     date: str
     processors: int  # multiprocessors, of so many threads each
     threads: int
+    capability: tuple[int, int]
     repeats: int
     warmup: int
     made_up: bool = False  # for tests; never shown to a reader

@@ -29,6 +29,7 @@ CATEGORIES = (
 
 # PyTorch counts CUDA's fused attention, but not the CPU's, which multiplies as much.
 _aten = torch.ops.aten
+_MASK_FIRST = _aten.native_dropout.default
 _FLASH = "_scaled_dot_product_flash_attention"
 _ALIKE = [
     (getattr(_aten, f"{_FLASH}_for_cpu{end}"), getattr(_aten, f"{_FLASH}{end}"))
@@ -101,6 +102,11 @@ def tensors_in(value: object) -> Iterator[torch.Tensor]:
             yield from tensors_in(plain)
 
 
+def outputs_in_order(func: torch._ops.OpOverload, out: object) -> Iterator:
+    """Yield an operator's tensors in the order in which it makes them."""
+    return tensors_in(out[::-1] if func is _MASK_FIRST else out)
+
+
 def dense_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """List the tensors that hold a sparse one's numbers; a dense one is its own."""
     if tensor.layout is torch.strided:
@@ -163,8 +169,13 @@ def call(func: Callable, args: tuple, kwargs: dict) -> object:
     return func(*args, **kwargs)
 
 
-def no_scratch(func: torch._ops.OpOverload, args: tuple) -> int:
-    return 0
+# What an operator requests beside its outputs, in order, and gives back at its end; a
+# number below 0 gives back the last of that size before.
+Requests = tuple[int, ...]
+
+
+def no_scratch(func: torch._ops.OpOverload, args: tuple) -> Requests:
+    return ()
 
 
 def flops_of(func: torch._ops.OpOverload, args: tuple, kwargs: dict, out) -> int:

@@ -1,7 +1,7 @@
 """What one training step allocates and frees, in order, and what is alive when."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from helpers.timeline.operators import (
     CATEGORIES,
     Allocation,
     Observer,
+    Requests,
     call,
     categorise,
     no_scratch,
@@ -64,11 +65,12 @@ class Timeline:
         before: list[Allocation],
         log: list[tuple[str, Allocation, str]],
         flops: dict[str, int],
-        scratch: Iterable[tuple[int, int]] = (),
+        scratch: Sequence[tuple[int, bool, Requests]] = (),
     ) -> None:
         self.flops = flops  # by phase: matrix products and convolutions
-        self._before = before
-        self._scratch = scratch  # how many events came before, and bytes
+        self.before = before  # what was there before the step
+        # How many events came before, whether in backward's thread, and what was taken.
+        self.scratch = scratch
         level = sum(allocation.bytes for allocation in before)
         self.events: list[Event] = []
         for kind, allocation, phase in log:
@@ -78,7 +80,7 @@ class Timeline:
 
     def _level_before(self, place: int) -> int:
         if place == 0:
-            return sum(allocation.bytes for allocation in self._before)
+            return sum(allocation.bytes for allocation in self.before)
         return self.events[place - 1].level_bytes
 
     def _first(self, wanted: Callable[[Event], bool]) -> int:
@@ -117,19 +119,13 @@ class Timeline:
         """The most bytes alive at once during the step."""
         return self._level_before(self.peak_place + 1)
 
-    @property
-    def allocator_peak_bytes(self) -> int:
-        """The most at once if kernels' scratch counts as well, where it is known."""
-        levels = (self._level_before(place) + more for place, more in self._scratch)
-        return max(self.peak_bytes, *levels, 0)
-
     def at_peak(self, largest: int = 8) -> Peak:
         """Say what is alive at the peak.
 
         Args:
             largest: how many tensors to name, the largest first.
         """
-        alive = dict.fromkeys(self._before)
+        alive = dict.fromkeys(self.before)
         for event in self.events[: self.peak_place + 1]:
             if event.kind == "alloc":
                 alive[event.allocation] = None
@@ -171,7 +167,7 @@ class Timeline:
     def levels(self) -> dict[str, list[int]]:
         """Bytes alive in each category, at the start and after every event."""
         now = dict.fromkeys(CATEGORIES, 0)
-        for allocation in self._before:
+        for allocation in self.before:
             now[allocation.category] += allocation.bytes
         rows = {category: [n_bytes] for category, n_bytes in now.items()}
         for kind, allocation, _, _ in self.events:
@@ -222,7 +218,7 @@ def record_timeline(
         optimizer: the step's optimizer, where there is one.
         devices: which tensors count; default: those on the model's own device.
         run: runs an operator, as ``run(func, args, kwargs)``; default: just calls it.
-        scratch: tells how many bytes an operator takes besides tensors, as
+        scratch: tells what an operator takes besides tensors, in bytes, as
             ``scratch(func, args)``.
         observers: are told of operators and storages.
 

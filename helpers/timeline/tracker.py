@@ -30,11 +30,13 @@ from helpers.timeline.operators import (
     PHASES,
     Allocation,
     Observer,
+    Requests,
     call,
     flops_of,
     is_sharded,
     local,
     no_scratch,
+    outputs_in_order,
     state_tensors,
     tensors_in,
 )
@@ -52,15 +54,12 @@ class Tracker(TorchDispatchMode):
 
     Args:
         run: runs an operator, as ``run(func, args, kwargs)``.
-        scratch: tells how many bytes an operator takes besides tensors.
+        scratch: tells what an operator takes besides tensors, in bytes.
         observers: are told of operators and storages.
     """
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Leave out torch.compile's guard around each call: it takes a third of it."""
-        return False
-
+    # Without torch.compile's guard around each call, which takes a third of it.
+    _should_skip_dynamo = classmethod(lambda cls: False)
     def __init__(
         self,
         model: nn.Module,
@@ -82,7 +81,7 @@ class Tracker(TorchDispatchMode):
         self.alive: dict[int, Allocation] = {}  # by address of the storage
         self.before: list[Allocation] = []
         self.log: list[tuple[str, Allocation, str]] = []
-        self.scratch: list[tuple[int, int]] = []  # length of the log, and bytes then
+        self.scratch: list[tuple[int, bool, Requests]] = []  # see Timeline
         self.flops = dict.fromkeys(PHASES, 0)
         self.expect("parameter", [*self.parameters, *model.buffers()])
         self.expect("gradient", self._gradients())
@@ -174,14 +173,15 @@ class Tracker(TorchDispatchMode):
             observer.after(func, args, kwargs, out)
         self.flops[phase] += flops_of(func, args, kwargs, out)
         dense = isinstance(out, torch.Tensor) and out.layout is torch.strided
-        for tensor in (out,) if dense else tensors_in(out):
+        for tensor in (out,) if dense else outputs_in_order(func, out):
             storage = tensor.untyped_storage()
             if self._counts(tensor, storage):
                 made_by = phase, func.overloadpacket.__name__, self.module
                 made = self.follow(storage, tuple(tensor.shape), *made_by)
                 self.log.append(("alloc", made, phase))
-        if n_bytes := self.scratch_of(func, args):
-            self.scratch.append((len(self.log), n_bytes))
+        if requests := self.scratch_of(func, args):
+            in_engine = phase in ("backward", "recompute")
+            self.scratch.append((len(self.log), in_engine, requests))
 
     def notice(self, args: tuple, phase: str) -> None:
         """Count what an operator reads and nobody made: it was there before."""

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from helpers.allocator import H100, Gpu, on_gpu, this_gpu
-from helpers.allocator.scratch import scratch_bytes
+from helpers.allocator.scratch import requests_of
 from helpers.checkpointing import Plan
 from helpers.measure import measure, predict
 from helpers.models import DocsMLP, uniform_mlp
+from helpers.units import round_to_block
 
 SMALL = Gpu(40, 1024)  # a T4's
 MIB = 2**20
@@ -51,6 +52,10 @@ STRIDED = [  # shape, strides, offset, axes, bytes on an H100
     ((8192, 1024), (2048, 1), 2, (0,), 16_777_728),
     ((64, 256, 128), (1, 64, 16384), 0, (1,), 0),
 ]
+
+
+def scratch_bytes(func, args: tuple, gpu: Gpu) -> int:
+    return sum(map(round_to_block, requests_of(func, args, gpu)))
 
 
 def rows_of(rows: int, width: int = 1024) -> torch.Tensor:

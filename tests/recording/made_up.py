@@ -46,6 +46,7 @@ def blank(**changes: object) -> Recording:
             "date": "2000-01-01",
             "processors": 1,
             "threads": 1,
+            "capability": (9, 0),
             "repeats": 2,
             "warmup": 1,
             "made_up": True,

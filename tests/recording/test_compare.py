@@ -67,7 +67,7 @@ def test_a_gpu_is_held_against_predictions_for_its_own_kind():
         report = predict(DocsMLP, step.make_batch())
     group = Group(step, (report.plan,), (report,))
     errors = []
-    for kind in (H100, Gpu(40, 1024)):
+    for kind in (H100, Gpu(40, 1024, (7, 5))):
         changes = {"groups": (group,), **kind._asdict()}
         (one,) = compared(dataclasses.replace(read(FIXTURE), **changes))
         assert one.predicted.peak_bytes == one.measured.peak_bytes
