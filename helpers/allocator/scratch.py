@@ -113,6 +113,16 @@ _SUMS = _aten.sum.default, _aten.sum.dim_IntList, _aten.mean.default, _aten.mean
 _RULES: dict[torch._ops.OpOverload, Callable | str] = {
     **dict.fromkeys((product.default for product in _PRODUCTS), _of_product),
     **dict.fromkeys(_SUMS, _of_reduction),
+    _aten._scaled_dot_product_flash_attention_backward.default: "of_flash_backward",
+    _aten._scaled_dot_product_efficient_attention_backward.default: (
+        "of_efficient_backward"
+    ),
+    _aten._softmax_backward_data.default: "of_softmax_backward",
+    _aten.embedding_dense_backward.default: "of_embedding_backward",
+    _aten.native_group_norm.default: "of_group_norm",
+    _aten.native_group_norm_backward.default: "of_group_norm_backward",
+    _aten.convolution.default: "of_convolution",
+    _aten.convolution_backward.default: "of_convolution_backward",
 }
 
 

@@ -60,6 +60,7 @@ class Tracker(TorchDispatchMode):
 
     # Without torch.compile's guard around each call, which takes a third of it.
     _should_skip_dynamo = classmethod(lambda cls: False)
+
     def __init__(
         self,
         model: nn.Module,
@@ -114,8 +115,7 @@ class Tracker(TorchDispatchMode):
         allocation = Allocation(round_to_block(storage.nbytes()), shape, *made)
         for observer in self.observers:
             observer.allocating(allocation)
-        address = storage._cdata
-        self.alive[address] = allocation
+        self.alive[address := storage._cdata] = allocation
         forget = functools.partial(self.forget, address)
         self.watchers[address] = weakref.ref(storage, forget)
         return allocation

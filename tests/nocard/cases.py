@@ -142,7 +142,7 @@ def encoders() -> Iterator[Case]:
             f"Encoder {rows}x{length} {autocast} {optimizer}",
             Encoder,
             batch,
-            plans_of([f"layers.{i}" for i in range(3)], 3),
+            plans_of([f"layers.{i}" for i in range(3)]),
             {"loss": first_loss, "optimizer": optimizer, "autocast": autocast},
         )
 
