@@ -2,6 +2,7 @@
 
 import gc
 import math
+import queue
 import re
 import weakref
 from functools import partial
@@ -365,13 +366,15 @@ def test_a_step_that_nobody_can_predict_is_measured_up_to_the_limit():
 
 
 def test_times_are_taken_without_the_count():
-    model, x, modes = uniform_mlp(2, 16), torch.randn(4, 16), []
+    model, x = uniform_mlp(2, 16), torch.randn(4, 16)
+    noted = queue.SimpleQueue()  # a list would be put back
     model.layer1.register_forward_hook(
-        lambda *_: modes.append(_get_current_dispatch_mode_stack())
+        lambda *_: noted.put(_get_current_dispatch_mode_stack())
     )
     with memory_limit(2**20, "cpu"):
         measure(model, x, warmup=1, repeats=3)
         assert len(_get_current_dispatch_mode_stack()) == 1
+    modes = [noted.get() for _ in range(noted.qsize())]
     assert modes[-3:] == [[]] * 3
     assert _get_current_dispatch_mode_stack() == []
 
