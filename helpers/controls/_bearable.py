@@ -1,8 +1,10 @@
 """Whether this machine can be asked to measure a step: unasked, on a button, or not."""
 
 import torch
+from torch import nn
 
 from helpers.measure import StepReport, memory_bytes, plain_step_flops, too_large
+from helpers.timeline import tensors_in
 from helpers.units import format_flops
 
 AUTO_FLOPS = 4 * 10**9  # a CPU step of some 100 ms or less: measured unasked
@@ -28,6 +30,15 @@ def check_bearable(report: StepReport, base: StepReport, device: str) -> None:
         )
     if base.allocator_peak_bytes > memory_bytes(device):
         raise MemoryError(too_large(device, base.allocator_peak_bytes))
+
+
+def without_data(model: object, batch: object) -> str:
+    """Say that a model or a batch is on the meta device; nothing if neither is."""
+    own = model.parameters() if isinstance(model, nn.Module) else ()
+    for name, tensors in (("model", own), ("batch", tensors_in(batch))):
+        if any(tensor.is_meta for tensor in tensors):
+            return f"this {name} has no data, so it cannot be measured"
+    return ""
 
 
 def what_follows(report: StepReport) -> str:

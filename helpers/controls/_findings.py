@@ -3,7 +3,7 @@
 import torch
 
 from helpers.checkpointing import Plan
-from helpers.measure import StepReport, plain_step_flops
+from helpers.measure import StepReport, Verification, plain_step_flops
 from helpers.units import format_bytes, format_change, format_ms
 
 
@@ -17,7 +17,7 @@ def finding(before: StepReport, after: StepReport) -> str:
     """Say what ``after``'s plan changes: peak memory, and FLOPs of the whole step."""
     peak = format_bytes(after.peak_bytes)
     if not after.plan.segments:
-        return f"no checkpointing: peak {peak}"
+        return f"{describe(after.plan)}: peak {peak}"
     saved = after.peak_bytes - before.peak_bytes
     change = format_bytes(saved, signed=True) if saved else "unchanged"
     extra = added_work(after, after.recompute_flops)
@@ -27,6 +27,8 @@ def finding(before: StepReport, after: StepReport) -> str:
 def describe(plan: Plan) -> str:
     """Name a plan as one would say it: "layers 2–4 as one segment; 6 alone"."""
     names = plan.names
+    if not names:
+        return "no checkpointing"
     stem = names[0].rstrip("0123456789")  # of layer1, blocks.0 or 0
     numbered = all(name.removeprefix(stem).isdigit() for name in names)
 
@@ -58,14 +60,17 @@ def measured_note(
 
     Args:
         base: no checkpointing, measured in the same run.
-        predicted, own: the prediction that is shown, and that for ``report``'s device.
+        predicted, own: the prediction that is shown, and that for ``report``'s device;
+            or what was measured, where there can be none.
     """
     place = torch.cuda.get_device_name() if report.device == "cuda" else "this CPU"
     word = f"predicted: {format_bytes(own.peak_bytes)}"
-    if report.peak_bytes == predicted.peak_bytes:
+    if predicted.source == "measured":
+        word = "which no prediction can tell"
+    elif report.peak_bytes == predicted.peak_bytes:
         word = "as predicted"
     elif report.peak_bytes == own.peak_bytes:
-        word = f"as predicted for a {own.device.upper()} (dropout masks differ)"
+        word = f"as predicted for a {own.device.upper()}, which needs others"
     note = f"measured on {place}: {format_bytes(report.peak_bytes)}, {word}"
     if report.scratch_bytes:
         note += f", {format_bytes(report.scratch_bytes)} of kernels' scratch on top"
@@ -78,3 +83,26 @@ def timed_note(report: StepReport, base: StepReport) -> str:
     if report.plan.segments and base.step_ms:
         note += f" ({format_change(report.step_ms, base.step_ms)})"
     return f"{note}, median of {report.repeats} runs"
+
+
+def verified_note(found: Verification | None) -> str:
+    """Say what of a step a plan leaves as it is without."""
+    if found is None:
+        return ""
+    exact = "" if found.reproducible else ", within the step's own spread"
+    said = "" if found.gradients else f"; gradients as without{exact}"
+    return said + _differing("; buffers differ: ", found.buffers)
+
+
+def gradients_alarm(found: Verification | None) -> str:
+    """Say which gradients a plan makes others."""
+    return _differing("gradients differ: ", found.gradients) if found else ""
+
+
+def _differing(words: str, errors: dict[str, float]) -> str:
+    """Name what differs most, by its relative error, and count the rest."""
+    if not errors:
+        return ""
+    name = max(errors, key=errors.get)
+    more = f" and {len(errors) - 1} more" if len(errors) > 1 else ""
+    return f"{words}{name} by {errors[name]:.2g}{more}"

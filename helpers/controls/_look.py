@@ -30,6 +30,14 @@ def control(name: str, value: object) -> widgets.Widget:
     return made
 
 
+def sentence(error: BaseException) -> str:
+    """Say an error in one sentence, with its kind where it is none of ours."""
+    first, *_ = str(error).splitlines() or [""]
+    if first and isinstance(error, RuntimeError | ValueError | MemoryError):
+        return first
+    return f"{type(error).__name__}: {first}".removesuffix(": ")
+
+
 def status(text: str, note: str = "", wrong: bool = False) -> str:
     """Write a line that screen readers announce when it changes."""
     color = "#B00020" if wrong else "inherit"

@@ -11,7 +11,7 @@ import ipywidgets as widgets
 
 from helpers.checkpointing import Plan
 from helpers.controls._findings import added_work
-from helpers.controls._look import status
+from helpers.controls._look import sentence, status
 from helpers.controls.lab import LayerLab
 from helpers.measure import StepReport
 from helpers.planner import InfeasibleBudget, best_plan, pareto, profile
@@ -101,7 +101,9 @@ class BudgetLab(widgets.HBox):
 
     def _repr_mimebundle_(self, **kwargs) -> dict:
         own = super()._repr_mimebundle_(**kwargs)
-        return self.lab._repr_mimebundle_() | own | {"text/plain": self.budget_finding}
+        bundle = self.lab._repr_mimebundle_()
+        said = self.budget_finding or bundle["text/plain"]
+        return bundle | own | {"text/plain": said}
 
     # The budget -----------------------------------------------------------------------
 
@@ -170,15 +172,15 @@ class BudgetLab(widgets.HBox):
 
     def _find_front(self) -> None:
         """Plan for the present model; the budget stays, if there has been one."""
-        state, first = self.state, self._front_of is None
-        self._front_of, self.front = state.values, []
+        state, first, self.front = self.state, self._front_of is None, []
         try:
             self._chain = profile(
                 state.model, state.batch, device=state.device, **state.options
             )
             self.front = pareto(self._chain, POINTS)
-        except ValueError as error:
-            self.verdict.value = status(str(error).splitlines()[0], wrong=True)
+        except Exception as error:
+            self.verdict.value = status(sentence(error), wrong=True)
+        self._front_of = state.values
         for control in (self.slider, self.field, self.least):
             control.disabled = not self.front
         if self.front:

@@ -16,13 +16,15 @@ import torch
 from torch import nn
 
 from helpers.checkpointing import Plan
+from helpers.controls._findings import describe
 from helpers.controls._idle import IdleWork
-from helpers.controls._look import SILENT_ICONS, WIDE, control, status
+from helpers.controls._look import SILENT_ICONS, WIDE, control, sentence, status
 from helpers.controls._picture import HEIGHT, WIDTH, LabPicture, smaller
 from helpers.controls._recorded import RecordedChoice
 from helpers.controls.rows import Rows
 from helpers.controls.state import LabState
-from helpers.measure import Loss, StepReport
+from helpers.dry_run import GivenOptimizer
+from helpers.measure import Loss, Step, StepReport
 from helpers.models import uniform_mlp
 
 
@@ -36,10 +38,10 @@ class LayerLab(widgets.HBox):
 
     Args:
         model_factory: makes the model, from ``settings`` as keyword arguments.
-        batch: rows of a random input, which the reader may change; or a tensor ``x``,
-            a dict of keyword arguments, or ``(x, target)``, which stay.
+        batch: rows of a random input, which the reader may change; or a batch as in
+            ``predict``, which stays.
         settings: what the reader may change of the model, with its first value.
-        device, loss: as in ``predict``.
+        device, loss, optimizer, autocast, step: as in ``predict``.
         tree: whether rows are all modules, as a tree, instead of the model's children;
             default: if its children are more than layers of a chain.
 
@@ -57,22 +59,26 @@ class LayerLab(widgets.HBox):
     def __init__(
         self,
         model_factory: Callable[..., nn.Module] | nn.Module = uniform_mlp,
-        batch: int | torch.Tensor | tuple | dict = 8192,
+        batch: object = 8192,
         settings: dict[str, object] | None = None,
         device: str = "cuda",
         loss: Loss | None = None,
         tree: bool | None = None,
+        *,
+        optimizer: GivenOptimizer = None,
+        autocast: torch.dtype | None = None,
+        step: Step | None = None,
     ) -> None:
-        self.state = LabState(
-            model_factory, batch, settings, device, tree, options={"loss": loss}
-        )
+        given = {"loss": loss, "optimizer": optimizer, "autocast": autocast}
+        options = {n: v for n, v in (given | {"step": step}).items() if v is not None}
+        self.state = LabState(model_factory, batch, settings, device, tree, options)
         self.on_shown: Callable[[], None] = lambda: None
         self._pending: Callable | None = None
         self._work = IdleWork(self.guarded)
         self.drawer, self._png = LabPicture(), b""
         self.controls = {n: control(n, v) for n, v in self.state.values.items()}
         for one in self.controls.values():
-            one.observe(lambda _: self.later(self._rebuild), "value")
+            one.observe(lambda _: self.later(self._show), "value")
         ticks, tree = self.state.ticks, self.state.tree
         self.rows = Rows(ticks, lambda: self.later(self._show), tree)
         look = {"icon": "clock-o", "layout": WIDE}
@@ -83,7 +89,9 @@ class LayerLab(widgets.HBox):
         self.readout = widgets.HTML().add_class("layer-lab-readout")
         super().__init__(self._arranged())
         self.add_class("layer-lab")
-        self.guarded(self._rebuild)
+        self._wrong = ""  # what the panel says instead of a finding
+        self._built = False  # whether the rows are those of the fields' model
+        self.guarded(self._show)
 
     # What the reader sets, and gets ---------------------------------------------------
 
@@ -106,15 +114,13 @@ class LayerLab(widgets.HBox):
 
     def measure(self) -> StepReport:
         """Measure the present plan and no checkpointing now, and show the result."""
-        if self.plan != self.state.shown:
-            self._show()
         self._work.run(self._measurement())
         return self.state.measured[self.state.shown][0]
 
     def _repr_mimebundle_(self, **kwargs) -> dict:
         """Show the panel; where there are no widgets, its picture or its sentence."""
         bundle = super()._repr_mimebundle_(**kwargs)
-        bundle["text/plain"] = self.finding
+        bundle["text/plain"] = self._wrong or self.finding
         if self._png:
             bundle["image/png"] = base64.b64encode(smaller(self._png)).decode()
         return bundle
@@ -157,21 +163,22 @@ class LayerLab(widgets.HBox):
         self.rows.write()
         self.later(self._show)
 
-    def _rebuild(self) -> None:
-        """Take over the present settings; if no model can have them, go back."""
-        self._work.stop()
-        state = self.state
-        try:
-            state.set(**{name: one.value for name, one in self.controls.items()})
-        except Exception:
-            for name, value in state.values.items():
-                self.controls[name].value = value
-            raise
+    def _take_fields(self) -> None:
+        """Make a model of what the fields say, and rows for it."""
+        state, self._built = self.state, False
+        state.set(**self._fields())
         self.rows.rebuild()
-        plain = state.device == "cuda" and not any(state.options.values())
+        plain = state.device == "cuda" and not state.options
         rows = state.values.get("batch") if plain else None  # whose step GPUs have run
         self.recorded.find(state.factory, state.settings, rows)
-        self._show()
+        self._built = True
+
+    def _fields(self) -> dict[str, object]:
+        return {name: one.value for name, one in self.controls.items()}
+
+    def _write_fields(self, values: dict[str, object]) -> None:
+        for name, one in self.controls.items():
+            one.value = values[name]
 
     # A flip ---------------------------------------------------------------------------
 
@@ -196,27 +203,48 @@ class LayerLab(widgets.HBox):
         try:
             work()
         except Exception as error:
-            self._work.stop()
-            first_line, *_ = str(error).splitlines() or [type(error).__name__]
-            self.readout.value = status(first_line, wrong=True)
+            self._fail(sentence(error))
         except KeyboardInterrupt:
-            self._work.stop()
-            self.readout.value = status("stopped; flip a box to go on", wrong=True)
+            self._fail("stopped; a box or a button goes on")
+
+    def _fail(self, reason: str) -> None:
+        """Say what is wrong; a picture of other sizes does not stay beside it."""
+        self._work.stop()
+        self._wrong, self.readout.value = reason, status(reason, wrong=True)
+        if not self.finding:
+            self.picture.value, self._png = "", b""
 
     def _show(self) -> None:
-        """Predict the present plan, draw it, and let the measurement follow."""
+        """Predict the present plan, draw it, and let the measurement follow.
+
+        Fields go back where there is no model for them, and after an interrupt; and if
+        the step fails that did not before.
+        """
         self._work.stop()
-        self.state.show()
+        state = self.state
+        good, was_predicted = state.values, state.predicted
+        try:
+            if not self._built or good != self._fields():
+                self._take_fields()
+            state.show()
+        except BaseException as error:
+            stays = isinstance(error, Exception) and not was_predicted
+            if not stays or state.values == good:
+                self._write_fields(good)
+            raise
         self._draw()
-        if self._work.loop and self.state.measured_unasked:
+        if self._work.loop and state.measured_unasked:
             self._work.start(self._measurement(), delay_s=0.4)
 
     def _draw(self) -> None:
-        state = self.state
-        self.rows.show_kept(state.shown, *state.kept)
-        found = state.predictions, [*state.measured.values()], self.recorded.pairs
-        self._png = self.drawer.draw(*state.reports, *found)
-        self._say(state.note + self.recorded.note(state.shown) + state.caution)
+        if not self.finding:
+            return
+        state, found = self.state, self.state.answers
+        self.rows.show_kept(state.shown, *found.kept)
+        more = found.predictions, [*found.measured.values()], self.recorded.pairs
+        self._png = self.drawer.draw(*found.reports, *more)
+        note = state.note + self.recorded.note(state.shown) + state.caution
+        self._wrong, self.readout.value = "", status(self.finding, note)
         source = base64.b64encode(self._png).decode()
         self.picture.value = (
             f'<img alt="{html.escape(self.finding)}" width="{WIDTH}" '
@@ -225,22 +253,25 @@ class LayerLab(widgets.HBox):
         )
         self.on_shown()
 
-    def _say(self, note: str) -> None:
-        self.readout.value = status(self.finding, note)
+    def _say_of_ticked(self, note: str) -> None:
+        """Say what becomes of a plan that may not be shown so far."""
+        shown = self.finding and self.plan == self.state.shown
+        said = self.finding if shown else describe(self.plan)
+        self._wrong, self.readout.value = "", status(said, note)
 
     # The measurement ------------------------------------------------------------------
 
     def _toggle_measuring(self) -> None:
         if self._work.active:
             self._work.stop()
-            self._say("measurement stopped")
+            self._say_of_ticked("measurement stopped")
         else:
             self._work.start(self._measurement())
 
     def _measurement(self) -> Generator[None, None, None]:
         """Measure the present plan, a training step a turn, and draw it again."""
         self.measure_button.description = "Stop"
-        self._say("measuring …")
+        self._say_of_ticked("measuring …")
         try:
             yield from self.state.measuring()
         finally:

@@ -111,8 +111,6 @@ class Row(widgets.HBox):
         names, key = set(plan.names), self.node.key
         continued = key in names and not any(s[0] == key for s in plan.segments)
         self.layout = self._bar(names.issuperset(self.node.names), continued)
-        if self.join:
-            self.join.disabled = not {key, self.node.before} <= names
         style = "font-variant-numeric:tabular-nums;white-space:nowrap"
         if changed:
             style += f";color:{COLORS['recomputed']};font-weight:bold"
@@ -229,10 +227,15 @@ class Rows(widgets.VBox):
         return row
 
     def write(self) -> None:
-        """Write what is ticked and joined into the widgets that there are."""
+        """Write what is ticked and joined into the widgets that there are.
+
+        A join is for two that are ticked, whatever is shown.
+        """
         for row in list(self._rows.values()):
             row.box.value = self.ticks.ticked.issuperset(row.node.names)
             if row.join:
+                both = {row.node.key, row.node.before} <= self.ticks.ticked
+                row.join.disabled = not both
                 row.join.value = row.node.key in self.ticks.joined
 
     # What the reader does. A widget that says what is known already was written here.
@@ -257,14 +260,16 @@ class Rows(widgets.VBox):
 
         Args:
             plan: what is shown; the boxes may be ahead of it.
-            now, without: bytes by module, under this plan and without checkpointing.
+            now, without: bytes by module, under this plan and without checkpointing;
+                empty where that is not known.
         """
         self._shown = plan, now, without
         for row in self.children:
             names = row.node.names
             kept, before = (sum(b.get(n, 0) for n in names) for b in (now, without))
             words = "" if self._is_open(row) else _folded_words(plan, names)
-            text = f"{words or 'keeps '}{format_bytes(kept)}"
+            known = f"{words or 'keeps '}{format_bytes(kept)}"
+            text = known if without else words.removesuffix(", ")
             row.show(plan, text, kept != before)
 
 

@@ -4,30 +4,39 @@
 once, and ``measuring`` by a measurement, one training step for each ``next``.
 """
 
-import dataclasses
 from collections.abc import Callable, Generator
+from operator import attrgetter
 
 import torch
 from torch import nn
 
 from helpers.checkpointing import Plan, checkpointed
+from helpers.controls._answers import Answers
 from helpers.controls._bearable import (
     AUTO_FLOPS,
     bearable,
     check_bearable,
     what_follows,
+    without_data,
 )
-from helpers.controls._findings import finding, measured_note
-from helpers.controls.ticks import Ticks, children_of, is_flat
-from helpers.dry_run import meta_batch, meta_model
-from helpers.inspection import inspect_model, kept_by_module
-from helpers.measure import StepReport, measuring_plans, predict, random_numbers_kept
+from helpers.controls._findings import gradients_alarm, measured_note, verified_note
+from helpers.controls.ticks import Ticks, children_of, is_flat, modules_of
+from helpers.dry_run import meta_model
+from helpers.inspection import Inspection, inspect_model
+from helpers.measure import (
+    StepReport,
+    measuring_plans,
+    predict,
+    random_numbers_kept,
+    verifying_plan,
+)
 from helpers.models import uniform_mlp
 
-NO_DATA = "this model has no data, so it cannot be measured"
 REPEATS = 8
 
-Pair = tuple[StepReport, StepReport]  # of a plan, and of no checkpointing
+
+def _of_the_answers(*names: str) -> list[property]:
+    return [property(attrgetter(f"answers.{name}")) for name in names]
 
 
 class LabState:
@@ -40,17 +49,18 @@ class LabState:
     Attributes:
         values: the sizes that the reader may change: settings, and ``batch`` if it is a
             number of rows.
-        model, batch: the present ones, on meta tensors.
+        model, batch: the present ones, on meta tensors unless they were given.
         ticks: what is ticked and joined, with the inspection of the model.
-        tried, measured: at these sizes, a prediction for each plan tried, and for each
-            one measured its report and that of no checkpointing.
-        shown: the plan that was answered last, which ``finding`` is about.
+        answers: what was found at the present sizes: ``tried``, ``shown`` and so on.
     """
+
+    tried, measured, shown = _of_the_answers("tried", "measured", "shown")
+    finding, history, reports = _of_the_answers("finding", "history", "reports")
 
     def __init__(
         self,
         factory: Callable[..., nn.Module] | nn.Module = uniform_mlp,
-        batch: int | torch.Tensor | tuple | dict = 8192,
+        batch: object = 8192,
         settings: dict[str, object] | None = None,
         device: str = "cuda",
         tree: bool | None = None,
@@ -63,10 +73,8 @@ class LabState:
             self.values = self.settings | {"batch": batch}
         self.model, self.batch, self.ticks = None, None, Ticks()
         self.tree = self._has_depth() if tree is None else tree
-        self.shown, self.finding = Plan(), ""
-        self.tried: dict[Plan, StepReport] = {}
-        self.measured: dict[Plan, Pair] = {}
-        self._by_key: dict[tuple, tuple[dict, dict]] = {}  # these two, for all sizes
+        self.answers = Answers()
+        self._by_key: dict[tuple, Answers] = {}  # for all sizes
 
     # What the reader sets -------------------------------------------------------------
 
@@ -83,17 +91,12 @@ class LabState:
                     f"{name} must be a whole number from 1 up, not {value:,}"
                 )
         settings = {name: values[name] for name in values if name != "batch"}
-        model = self._meta_model(settings)
+        model = self._model(settings)
         batch = self._input(model, values.get("batch"), "meta")
-        if self.tree:
-            found = inspect_model(model, batch, device=self.device, **self.options)
-        else:
-            found = children_of(model)
-        self.ticks.fit(found)
+        self.ticks.fit(self._inspected(model, batch))
         self.values, self.settings = values, settings
         self.model, self.batch = model, batch
-        key = tuple(values.items())
-        self.tried, self.measured = self._by_key.setdefault(key, ({}, {}))
+        self.answers = self._by_key.setdefault(tuple(values.items()), Answers())
 
     @property
     def plan(self) -> Plan:
@@ -105,23 +108,35 @@ class LabState:
         with checkpointed(self.model, plan):
             self.ticks.plan = plan  # unless the segments do not fit the model
 
-    def _meta_model(self, settings: dict[str, object]) -> nn.Module:
+    def _model(self, settings: dict[str, object]) -> nn.Module:
         if isinstance(self.factory, nn.Module):
-            return meta_model(self.factory)
+            return self.factory
         return meta_model(lambda: self.factory(**settings))
 
     def _has_depth(self) -> bool:
         """Say whether a model's children are more than layers; a failure is none."""
         try:
-            return not is_flat(self._meta_model(self.settings))
+            return not is_flat(self._model(self.settings))
         except Exception:
             return False  # which making it again will say
+
+    def _inspected(self, model: nn.Module, batch: object) -> Inspection:
+        """Find what can be ticked; by a look alone where no step has been imagined."""
+        if not self.tree:
+            return children_of(model)
+        try:
+            return inspect_model(model, batch, device=self.device, **self.options)
+        except Exception:
+            found = modules_of(model)
+            if self.ticks.inspection.report is not None or not found.layers:
+                raise
+            return found
 
     def _input(self, model: nn.Module, rows: int | None, device: str) -> object:
         """Make the batch on a device: random rows, or what was given."""
         given = self._given_batch
         if not isinstance(given, int):
-            return meta_batch(given) if device == "meta" else given
+            return given
         linear = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
         if linear is None:
             raise ValueError("give a tensor as batch: this model has no Linear layer")
@@ -137,103 +152,87 @@ class LabState:
         for wanted in (Plan(), plan):
             if wanted not in self.tried:
                 self.tried[wanted] = self._predicted(wanted, self.device)
-        self.shown = plan
-        self.finding = finding(self.tried[Plan()], self.tried[plan])
-
-    @property
-    def history(self) -> list[StepReport]:
-        """A report for every plan tried at these sizes, measured where it was."""
-        return [self.measured.get(plan, [one])[0] for plan, one in self.tried.items()]
+        self.answers.shown = plan
 
     def _predicted(self, plan: Plan, device: str) -> StepReport:
         try:
             return predict(self.model, self.batch, plan, device=device, **self.options)
         except (RuntimeError, ValueError):
-            for hazard in self.ticks.inspection.hazards_of(plan):
-                if hazard.kind == "in place":
-                    raise ValueError(str(hazard)) from None
+            for reason in self._in_place(plan):
+                raise ValueError(reason) from None
             raise
 
     @property
-    def reports(self) -> Pair:
-        """The predictions of no checkpointing and of this plan; timed if measured."""
-        before, after = self.tried[Plan()], self.tried[self.shown]
-        if self.shown not in self.measured:
-            return before, after
-        report, base = self.measured[self.shown]
-        return _confirmed(before, base), _confirmed(after, report)
+    def predicted(self) -> bool:
+        """Whether the model is predicted at the present sizes."""
+        return Plan() in self.tried and self.tried[Plan()].source == "predicted"
 
-    @property
-    def predictions(self) -> list[StepReport]:
-        """Every plan tried: no checkpointing first, and this plan last."""
-        order = {self.shown: 2, Plan(): 0}
-        return sorted(self.tried.values(), key=lambda one: order.get(one.plan, 1))
-
-    @property
-    def kept(self) -> tuple[dict[str, int], dict[str, int]]:
-        """What each module keeps, by name: under this plan, and without one."""
-        pair = self.tried[self.shown], self.tried[Plan()]
-        return tuple(kept_by_module(report.timeline) for report in pair)
+    def _in_place(self, plan: Plan) -> list[str]:
+        """List why a plan's segments cannot be run again, if they cannot."""
+        found = self.ticks.inspection.hazards_of(plan)
+        return [str(hazard) for hazard in found if hazard.kind == "in place"]
 
     @property
     def note(self) -> str:
         """Where the numbers come from, and what becomes of the measurement."""
-        if self.shown in self.measured:
-            report, base = self.measured[self.shown]
-            own = predicted = self.tried[self.shown]
-            if report.peak_bytes != predicted.peak_bytes:
-                own = self._predicted(self.shown, report.device)
-            return measured_note(report, base, predicted, own)
-        follows = what_follows(self.tried[self.shown]) if self.has_data else NO_DATA
-        return f"predicted for a {self.device.upper()} step; {follows}"
+        if self.shown not in self.measured:
+            follows = self.lacks or what_follows(self.tried[self.shown])
+            return f"predicted for a {self.device.upper()} step; {follows}"
+        report, base = self.measured[self.shown]
+        own = predicted = self.tried[self.shown]
+        if report.peak_bytes != predicted.peak_bytes:
+            own = self._predicted(self.shown, report.device)
+        verified = verified_note(self.answers.verified.get(self.shown))
+        return measured_note(report, base, predicted, own) + verified
 
     @property
     def caution(self) -> str:
-        """What is not safe in the plan's segments, as far as the model is known."""
+        """What is wrong with the plan, or not safe as far as the model is known."""
+        alarm = gradients_alarm(self.answers.verified.get(self.shown))
         found = self.ticks.inspection.hazards_of(self.shown)
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        return f". Careful: {found[0]}{more}" if found else ""
+        said = [*filter(None, [alarm]), *(f"{one}{more}" for one in found[:1])]
+        return f". Careful: {'; '.join(said)}" if said else ""
 
     # The measurement ------------------------------------------------------------------
 
     @property
-    def has_data(self) -> bool:
-        """Whether there is anything to run: not for a model on the meta device."""
-        return self.factory is not self.model
+    def lacks(self) -> str:
+        """Say that there is nothing to run; empty if there is."""
+        return without_data(self.factory, self._given_batch)
 
     @property
     def measured_unasked(self) -> bool:
         """Whether the measurement of what is shown follows by itself."""
-        if not self.has_data or self.shown in self.measured:
+        if self.lacks or self.shown in self.measured:
             return False
         return bearable(self.tried[self.shown], AUTO_FLOPS)
 
     def measuring(self) -> Generator[None, None, None]:
-        """Measure what is shown beside no checkpointing, a training step a turn."""
+        """Measure what is ticked beside no checkpointing, a training step a turn.
+
+        Then see whether its gradients are as without. It need not be predictable.
+        """
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.shown not in self.tried:
-            self.show()  # which says why it could not be
-        plan, measured, model = self.shown, self.measured, self.factory
-        if not self.has_data:
-            raise ValueError(NO_DATA)
-        check_bearable(self.tried[plan], self.tried[Plan()], device)
+        try:
+            self.show()
+        except Exception:
+            if self.model is None or self._in_place(self.plan):
+                raise
+        plan, model, verified = self.plan, self.factory, None
+        if self.lacks:
+            raise ValueError(self.lacks)
+        if plan in self.tried and Plan() in self.tried:
+            check_bearable(self.tried[plan], self.tried[Plan()], device)
         with random_numbers_kept():
             if not isinstance(model, nn.Module):
                 model = self.factory(**self.settings)
             batch = self._input(model, self.values.get("batch"), device)
         plans = [plan, Plan()] if plan.segments else [plan]
-        how = {"device": device, "repeats": REPEATS, **self.options}
-        reports = yield from measuring_plans(model, batch, plans, **how)
-        measured[plan] = (reports[0], reports[-1])
-
-
-def _confirmed(prediction: StepReport, report: StepReport) -> StepReport:
-    """Give a prediction the measured time, and the measurement's word for its bytes."""
-    same = prediction.peak_bytes == report.peak_bytes
-    return dataclasses.replace(
-        prediction,
-        source="measured" if same else "predicted",
-        step_ms=report.step_ms,
-        step_ms_quartiles=report.step_ms_quartiles,
-        repeats=report.repeats,
-    )
+        how = {"device": device, **self.options}
+        reports = yield from measuring_plans(
+            model, batch, plans, repeats=REPEATS, **how
+        )
+        if plan.segments:
+            verified = yield from verifying_plan(model, batch, plan, **how)
+        self.answers.take(reports, verified)

@@ -4,7 +4,13 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from helpers.checkpointing import Plan, follows, layer_names, segments_of
+from helpers.checkpointing import (
+    Plan,
+    follows,
+    layer_names,
+    listed_after,
+    segments_of,
+)
 from helpers.inspection import Inspection, Layer
 
 
@@ -22,12 +28,37 @@ def children_of(model: nn.Module) -> Children:
         raise ValueError(
             "this model has no layers to tick: none of its children has parameters"
         )
-    kinds = {name: type(model.get_submodule(name)).__name__ for name in names}
-    chains = segments_of(names, lambda before, name: follows(model, before, name))
-    return Children(
+    return _seen(model, names, Children)
+
+
+def modules_of(model: nn.Module) -> Inspection:
+    """List all modules that have parameters and a forward, at any depth."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if name and _has_forward(module) and next(module.parameters(), None) is not None
+    ]
+    return _seen(model, names, Inspection)
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
+
+
+def _seen(model: nn.Module, names: Sequence[str], kind: type[Inspection]) -> Inspection:
+    """Say what can be told of modules by a look: their classes and neighbours."""
+
+    def joins(before: str, name: str) -> bool:
+        return follows(model, before, name) or listed_after(model, before, name)
+
+    levels: dict[str, list[str]] = {}
+    for name in names:
+        levels.setdefault(name.rpartition(".")[0], []).append(name)
+    classes = {name: type(model.get_submodule(name)).__name__ for name in names}
+    return kind(
         model=type(model).__name__,
-        layers={name: Layer(name, kind, 1, 0, 0) for name, kind in kinds.items()},
-        chains=chains.segments,
+        layers={name: Layer(name, one, 1, 0, 0) for name, one in classes.items()},
+        chains=sum((segments_of(one, joins).segments for one in levels.values()), ()),
         breaks={},
         hazards=(),
         report=None,
