@@ -19,7 +19,7 @@ from helpers.checkpointing import (
     listed_after,
     segments_of,
 )
-from helpers.dry_run import Imagined
+from helpers.dry_run import Imagined, meta_model
 from helpers.measure import GivenOptimizer, Loss, Step
 from helpers.planner._judge import STEP, steps_of
 from helpers.planner._marks import Marks, watch
@@ -58,15 +58,16 @@ def profile(
     """
     given = loss, optimizer, autocast, step, device
     of_step = dict(zip(STEP, given, strict=True))
+    if not isinstance(model, nn.Module):
+        model = model() if measured else meta_model(model)
+    parent = chain_parent(model) if parent is None else parent
     with steps_of(model, batch, of_step) as (imagined, run, meta, fake, made):
-        parent = chain_parent(meta) if parent is None else parent
         prefix = f"{parent}." * bool(parent)
         names = [prefix + name for name in meta.get_submodule(parent)._modules]
         chain = _dry_runs(imagined, run, meta, fake, made, names)
     if not measured:
         return chain
-    real = model if isinstance(model, nn.Module) else model()
-    return in_milliseconds(chain, real, batch, of_step)
+    return in_milliseconds(chain, model, batch, of_step)
 
 
 def _dry_runs(
