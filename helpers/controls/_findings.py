@@ -70,7 +70,7 @@ def measured_note(
     elif report.peak_bytes == predicted.peak_bytes:
         word = "as predicted"
     elif report.peak_bytes == own.peak_bytes:
-        word = f"as predicted for a {own.device.upper()}, which needs others"
+        word = f"as predicted for a {own.device.upper()} step"
     note = f"measured on {place}: {format_bytes(report.peak_bytes)}, {word}"
     if report.scratch_bytes:
         note += f", {format_bytes(report.scratch_bytes)} of kernels' scratch on top"

@@ -121,6 +121,13 @@ class Ticks:
                 f"the lab has no box for {', '.join(map(repr, unknown))}; it has: "
                 f"{', '.join(layers)}"
             )
+        for segment in plan.segments:
+            for before, name in zip(segment, segment[1:], strict=False):
+                if not self._linked(before, name):
+                    raise ValueError(
+                        f"the lab does not join {name!r} to {before!r}: in this step, "
+                        "one does not just feed the other"
+                    )
         self.ticked = set(plan.names)
         self.joined = {name for segment in plan.segments for name in segment[1:]}
 
