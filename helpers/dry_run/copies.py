@@ -4,27 +4,16 @@
 """
 
 import copy
+import functools
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from helpers.checkpointing import Undo
-
-# What a function of a step may refer to and change, and takes a copy of.
-_HELD = (
-    torch.Tensor,
-    nn.Module,
-    torch.optim.Optimizer,
-    torch.optim.lr_scheduler.LRScheduler,
-    torch.amp.GradScaler,
-    list,
-    dict,
-    set,
-)
+from helpers.dry_run.parts import contents, has_parts, named_in, parts_of
 
 
 class Copies:
@@ -37,12 +26,13 @@ class Copies:
     def __init__(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.asked = _Asked(change)
         self.memo: dict[int, object] = {}  # deepcopy's: what was copied, by address
+        self.hooked: set[int] = set()  # tensors whose copies have their hooks
 
     def of(self, value: object) -> object:
         """Copy a value: a model, a batch, an optimizer of that model, a function.
 
-        An optimizer begins anew, without state. A function is another one if it refers
-        to something that is copied.
+        An optimizer begins anew, without state. A function is another one, that refers
+        to copies. What cannot be copied, a lock say, stays itself.
 
         Raises:
             ValueError: for an optimizer of another model.
@@ -53,74 +43,73 @@ class Copies:
             return self._optimizer(value)
         if isinstance(value, types.FunctionType):
             return self._function(value)
-        made = self._copied(value)
-        if isinstance(value, nn.Module):
-            self._copy_hooks(value, made)
-        return made
-
-    def _copy_hooks(self, model: nn.Module, made: nn.Module) -> None:
-        """Give parameters their own hooks again, which no copy of a tensor has."""
-        pairs = zip(model.parameters(), made.parameters(), strict=True)
-        for old, new in pairs:
-            for hook in (getattr(old, "_backward_hooks", None) or {}).values():
-                new.register_hook(self.of(hook))
-            for hook in (old._post_accumulate_grad_hooks or {}).values():
-                new.register_post_accumulate_grad_hook(self.of(hook))
+        if isinstance(value, functools.partial):
+            given = self.of(value.args), self.of(value.keywords)
+            return functools.partial(self.of(value.func), *given[0], **given[1])
+        return self._copied(value)
 
     def _optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         if id(optimizer) in self.memo:
             return self.memo[id(optimizer)]
         made = self.memo[id(optimizer)] = object.__new__(type(optimizer))
         own = {**vars(optimizer), "state": defaultdict(dict)}
+        is_wrapped = own.pop("step", None)  # by a scheduler; it runs the other one
         vars(made).update(self._copied(own))
+        if is_wrapped:
+            made.step = functools.partial(type(made).step, made)
+            made.step._wrapped_by_lr_sched = made._opt_called = True
         return made
 
     def _copied(self, value: object) -> object:
+        """Copy by ``deepcopy``, but for what it leaves out or cannot copy."""
+        parts = parts_of(value)
+        for part in parts:
+            if isinstance(part, torch.optim.Optimizer | types.FunctionType):
+                self.of(part)
+            elif not has_parts(part):
+                self.memo[id(part)] = part
         with Undo() as undo:
             undo.enter_context(self.asked)
-            return copy.deepcopy(value, self.memo)
+            made = copy.deepcopy(value, self.memo)
+        for part in parts:
+            if isinstance(part, torch.Tensor) and part.is_leaf:
+                self._copy_hooks(part)
+        return made
+
+    def _copy_hooks(self, tensor: torch.Tensor) -> None:
+        """Give a tensor's copy its hooks, which no copy has."""
+        made = self.memo.get(id(tensor), tensor)
+        if made is tensor or id(tensor) in self.hooked:
+            return
+        self.hooked.add(id(tensor))
+        for hook in (tensor._backward_hooks or {}).values():
+            made.register_hook(self.of(hook))
+        for hook in (tensor._post_accumulate_grad_hooks or {}).values():
+            made.register_post_accumulate_grad_hook(self.of(hook))
 
     def _function(self, function: types.FunctionType) -> types.FunctionType:
-        """Copy what a function closes over, or finds among its module's names."""
+        """Copy a function if anything is copied that it refers to."""
         if id(function) in self.memo:
             return self.memo[id(function)]
-        self.memo[id(function)] = function  # for one that calls itself
-        cells = function.__closure__ or ()
-        names = {*_names(function.__code__)} & function.__globals__.keys()
-        named = {name: function.__globals__[name] for name in names}
-        named = {n: (value, self._held(value, function)) for n, value in named.items()}
-        closed = [self._cell(cell, function) for cell in cells]
-        named = {name: new for name, (old, new) in named.items() if new is not old}
-        if named or any(new is not old for new, old in zip(closed, cells, strict=True)):
-            made = types.FunctionType(
-                function.__code__,
-                function.__globals__ | named,
-                function.__name__,
-                function.__defaults__,
-                tuple(closed),
-            )
-            made.__kwdefaults__ = function.__kwdefaults__
-            self.memo[id(function)] = made
-        return self.memo[id(function)]
+        if not has_parts(function):
+            return function
+        cells, around = function.__closure__ or (), function.__globals__.copy()
+        memo = self.memo  # two functions may close over the same
+        closed = tuple(memo.setdefault(id(cell), types.CellType()) for cell in cells)
+        made = types.FunctionType(function.__code__, around, closure=closed)
+        made = functools.update_wrapper(made, function)
+        self.memo[id(function)] = made  # what it refers to may refer to it
+        given = function.__defaults__, function.__kwdefaults__
+        made.__defaults__, made.__kwdefaults__ = map(self._held, given)
+        around.update((n, self._held(one)) for n, one in named_in(function).items())
+        for cell, new in zip(cells, closed, strict=True):
+            for held in contents(cell):
+                new.cell_contents = self._held(held)
+        return made
 
-    def _cell(self, cell: types.CellType, owner: types.FunctionType) -> types.CellType:
-        try:
-            held = cell.cell_contents
-        except ValueError:  # it is empty so far
-            return cell
-        made = self._held(held, owner)
-        return cell if made is held else types.CellType(made)
-
-    def _held(self, value: object, owner: types.FunctionType) -> object:
+    def _held(self, value: object) -> object:
         """Copy what a function refers to, where a step may change it."""
-        if isinstance(value, types.FunctionType):
-            return self.of(value) if value.__globals__ is owner.__globals__ else value
-        if not isinstance(value, _HELD):
-            return value
-        try:
-            return self.of(value)
-        except (TypeError, NotImplementedError):  # it holds a file, or a lock
-            return value
+        return self.of(value) if has_parts(value) else value
 
 
 class _Asked(TorchFunctionMode):
@@ -134,11 +123,3 @@ class _Asked(TorchFunctionMode):
         if func is torch.Tensor.__deepcopy__ or func is torch.Tensor.clone:
             return self.change(args[0])
         return func(*args, **(kwargs or {}))
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    """Yield the names that a function looks up, also inside those that it makes."""
-    yield from code.co_names
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            yield from _names(inner)

@@ -28,7 +28,7 @@ _HOMES = {
     "memory_limit": "limits",
     "largest_batch": "limits",
     "free_memory": "device",
-    "left_as_found": "device",
+    "left_as_found": "_as_found",
     "memory_bytes": "device",
     "placed": "device",
     "random_numbers_kept": "device",

@@ -1,20 +1,19 @@
 """The device that a step runs on: what it has, what it refuses, what it counts."""
 
 import contextlib
-import functools
 import gc
 import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from helpers.checkpointing import Undo, refuse_opaque
-from helpers.dry_run import Copies, keep_attributes
+from helpers.dry_run import Copies
 from helpers.measure._cpu_limit import limit_in_force, uncounted, way_out
 from helpers.timeline import tensors_in
 from helpers.units import format_bytes, round_to_block
@@ -67,68 +66,6 @@ def placed(model: nn.Module, device: str, batch: object, *others: object) -> lis
     return [model, copies.of(batch), *others]
 
 
-@contextlib.contextmanager
-def left_as_found(
-    model: nn.Module, trains: bool, optimizer: torch.optim.Optimizer | None = None
-) -> Iterator[None]:
-    """Put back what training steps change: parameters, buffers, gradients, attributes.
-
-    The copies lie in host memory, and count neither on a GPU nor under a limit.
-
-    Args:
-        trains: whether parameters change, too.
-        optimizer: whose state is put back as well, if it is one of the caller's own.
-    """
-    held = [vars(module) for module in model.modules()]
-    state = []
-    if optimizer:
-        state = [optimizer.state, *optimizer.state.values(), *optimizer.param_groups]
-    trained = set() if trains else set(map(id, model.parameters()))
-    changing = [t for t in tensors_in([held, state]) if id(t) not in trained]
-    with Undo() as undo:
-        saved = _saved(changing)
-        for _ in range(2):  # an interrupt may end the first
-            undo.callback(_put_back, saved)
-        keep_attributes(undo, model, *state)
-        for put_back, before in _generators(held):
-            undo.callback(put_back, before)
-        for parameter in model.parameters():
-            parameter.grad = None
-        yield
-
-
-def _generators(held: list[dict]) -> Iterator[tuple[Callable, object]]:
-    """Find the random generators that modules hold: how to put each back, and to what.
-
-    Those of PyTorch, Python and NumPy.
-    """
-    for value in (value for attributes in held for value in attributes.values()):
-        if isinstance(value, torch.Generator):
-            yield value.set_state, value.get_state()
-        elif isinstance(value, random.Random):
-            yield value.setstate, value.getstate()
-        elif hasattr(value, "bit_generator"):
-            bits = value.bit_generator
-            yield functools.partial(setattr, bits, "state"), bits.state
-
-
-@uncounted()
-def _saved(tensors: Iterable[torch.Tensor]) -> list[tuple]:
-    """Copy all storages of some tensors to the host; sparse ones are left out."""
-    found = {}
-    for tensor in tensors:
-        if tensor.layout is torch.strided and not tensor.is_meta:
-            storage = tensor.untyped_storage()
-            found[storage._cdata] = storage
-    return [(one, one.cpu() if one.is_cuda else one.clone()) for one in found.values()]
-
-
-@uncounted()
-def _put_back(saved: list[tuple]) -> None:
-    for storage, value in saved:
-        storage.copy_(value)
-
-
 def allocator_bytes(
     step: Callable, model: nn.Module, batch: object, state: object
 ) -> dict[str, int]:
@@ -162,7 +99,7 @@ def allocator_bytes(
         "allocator_peak_bytes": allocated - others,
         "padding_bytes": allocated - asked_for,
         "workspace_bytes": start_bytes - without_workspace,
-        "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "reserved_peak_bytes": torch.cuda.max_memory_reserved(),
     }
 
 

@@ -17,11 +17,11 @@ from torch import nn
 
 from helpers.checkpointing import Plan, checkpointed
 from helpers.dry_run import GivenOptimizer, optimizer_of
+from helpers.measure._as_found import left_as_found
 from helpers.measure._cpu_limit import counted_anew, uncounted
 from helpers.measure.device import (
     allocator_bytes,
     free_memory,
-    left_as_found,
     memory_bytes,
     placed,
     random_numbers_kept,
@@ -80,9 +80,7 @@ class Setting:
         model, batch, *moved = placed(model, device, batch, *parts.values())
         there = dataclasses.replace(self, **dict(zip(parts, moved, strict=True)))
         trains = there.optimizer is not None or there.step is not None
-        made = there.optimizer
-        own = made if isinstance(made, torch.optim.Optimizer) else None
-        with left_as_found(model, trains or _updates_itself(model), own):
+        with left_as_found(model, trains or _updates_itself(model), batch, *moved):
             yield model, batch, there
 
 
