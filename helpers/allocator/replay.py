@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from helpers.allocator.blocks import Block, CachingAllocator
 from helpers.allocator.scratch import WORKSPACE, Gpu
-from helpers.timeline import Allocation, Timeline
+from helpers.timeline import Allocation, Event, Timeline
 
 MIB = 2**20
 
@@ -83,19 +83,24 @@ class Replay:
 
     def go_on(self, step: Timeline) -> None:
         """Allocate and free what a step does, in its order."""
-        requests = iter(step.scratch)
-        place, *wanted = next(requests, (None,))
-        for number, (kind, one, _, _) in enumerate(step.events):
-            while place == number:
+        events, number = step.events, 0
+        requests = iter((*step.scratch, (len(events) + 1, False, ())))
+        place, *wanted = next(requests)
+        while True:
+            while place <= number:
                 self._use(*wanted)
-                place, *wanted = next(requests, (None,))
-            if kind == "alloc":
-                self.blocks[one] = self.allocator.allocate(one.bytes)
-            else:
+                place, *wanted = next(requests)
+            if number == len(events):
+                return
+            kind, one, phase, _ = events[number]
+            number += 1
+            if kind == "free":
                 self.allocator.free(self.blocks.pop(one))
-        while place is not None:
-            self._use(*wanted)
-            place, *wanted = next(requests, (None,))
+            elif phase == "backward" and _is_in_place(one, events[number : number + 1]):
+                self.blocks[one] = self.blocks.pop(events[number].allocation)
+                number += 1
+            else:
+                self.blocks[one] = self.allocator.allocate(one.bytes)
 
     def _use(self, in_backward: bool, requests: Sequence[int]) -> None:
         """Take what an operator needs for itself, and give it back."""
@@ -112,3 +117,15 @@ class Replay:
                 self.allocator.free(taken.pop(place)[1])
         for _, block in reversed(taken):
             self.allocator.free(block)
+
+
+def _is_in_place(one: Allocation, following: list[Event]) -> bool:
+    """Say whether a gradient is added to another where that lies.
+
+    The engine does so if nobody else has it; but not where the step is watched.
+    Source: ``accumulate`` in torch/csrc/autograd/input_buffer.cpp.
+    """
+    if one.op != "add" or not following:
+        return False
+    kind, other, *_ = following[0]
+    return kind == "free" and other.bytes == one.bytes

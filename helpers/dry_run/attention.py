@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from helpers.allocator import this_gpu
 from helpers.dry_run.kernels import imagined_device
 
 _aten = torch.ops.aten
@@ -15,7 +16,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 def scaled_dot_product_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options
 ) -> torch.Tensor:
-    """Attend on meta tensors by the fused kernel of a CPU, or of CUDA from Ampere on.
+    """Attend on meta tensors by the fused kernel of a CPU, or of a CUDA card.
 
     Source: ``scaled_dot_product_attention`` in native/transformers/attention.cpp.
     """
@@ -56,13 +57,16 @@ def _fused_kernel(
         fits = dense and len(heads) == 1 and dropout_p == 0
         fits = fits and _mask_fits(attn_mask, query, key)
         return _cpu_flash if fits and switches.flash_sdp_enabled() else None
-    is_half = query.dtype in _HALVES
+    # Before Ampere there is no flash attention, and none in bfloat16.
+    is_half, recent = query.dtype in _HALVES, this_gpu().capability >= (8, 0)
     square = not is_causal or query.shape[2] == key.shape[2]
     fits = is_half and attn_mask is None and len(heads) == 1 and square
-    if fits and max(heads) <= 256 and switches.flash_sdp_enabled():
+    if fits and recent and max(heads) <= 256 and switches.flash_sdp_enabled():
         return _cuda_flash
-    aligned = all(size % (8 if is_half else 4) == 0 for size in heads)
-    fits = aligned and query.dtype in (*_HALVES, torch.float32)
+    multiple = 8 if is_half else 4 if recent else 1
+    aligned = all(size % multiple == 0 for size in heads)
+    known = (*_HALVES, torch.float32) if recent else (torch.float16, torch.float32)
+    fits = aligned and query.dtype in known
     return _efficient if fits and switches.mem_efficient_sdp_enabled() else None
 
 
