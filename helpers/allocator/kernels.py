@@ -72,6 +72,12 @@ def of_softmax_backward(args: tuple, gpu: Gpu) -> Requests:
     return (max(_bytes(gradient), _bytes(output)),)
 
 
+def of_safe_softmax(args: tuple, gpu: Gpu) -> Requests:
+    """Which scores are minus infinity, in which rows all are, and a zero."""
+    scores, dim = args[:2]
+    return scores.numel(), scores.numel() // scores.shape[dim], scores.element_size()
+
+
 # Embeddings and norms ---------------------------------------------------------------
 
 

@@ -96,7 +96,7 @@ class Replay:
             number += 1
             if kind == "free":
                 self.allocator.free(self.blocks.pop(one))
-            elif phase == "backward" and _is_in_place(one, events[number : number + 1]):
+            elif _is_in_place(one, phase, events[number : number + 2]):
                 self.blocks[one] = self.blocks.pop(events[number].allocation)
                 number += 1
             else:
@@ -119,13 +119,16 @@ class Replay:
             self.allocator.free(block)
 
 
-def _is_in_place(one: Allocation, following: list[Event]) -> bool:
-    """Say whether a gradient is added to another where that lies.
+def _is_in_place(one: Allocation, phase: str, following: list[Event]) -> bool:
+    """Say whether something is added to another where that lies.
 
-    The engine does so if nobody else has it; but not where the step is watched.
-    Source: ``accumulate`` in torch/csrc/autograd/input_buffer.cpp.
+    The engine does so with gradients that nobody else has, and attention with its mask;
+    but not where the step is watched. Source: ``accumulate`` in
+    torch/csrc/autograd/input_buffer.cpp, and ``areAnyTensorSubclassLike``.
     """
     if one.op != "add" or not following:
+        return False
+    if phase != "backward" and following[-1].allocation.op != "_safe_softmax":
         return False
     kind, other, *_ = following[0]
     return kind == "free" and other.bytes == one.bytes

@@ -118,6 +118,7 @@ _RULES: dict[torch._ops.OpOverload, Callable | str] = {
         "of_efficient_backward"
     ),
     _aten._softmax_backward_data.default: "of_softmax_backward",
+    _aten._safe_softmax.default: "of_safe_softmax",
     _aten.embedding_dense_backward.default: "of_embedding_backward",
     _aten.native_group_norm.default: "of_group_norm",
     _aten.native_group_norm_backward.default: "of_group_norm_backward",
