@@ -1,5 +1,6 @@
 """Bytes, milliseconds and FLOPs as people read them, formatted in one place."""
 
+import contextlib
 import operator
 import re
 
@@ -41,8 +42,9 @@ def parse_bytes(value: int | str) -> int:
             n_bytes = int(float(found[1]) * _UNITS[found[2].upper()])
     elif isinstance(value, float) and value.is_integer():
         n_bytes = int(value)
-    elif not isinstance(value, bool) and hasattr(value, "__index__"):
-        n_bytes = operator.index(value)
+    elif not isinstance(value, bool):
+        with contextlib.suppress(TypeError):
+            n_bytes = operator.index(value)
     if n_bytes is None or not 0 < n_bytes < 2**60:
         raise ValueError(
             'memory is a whole number of bytes above 0, or a text such as "8 GiB", '

@@ -1,12 +1,16 @@
 """Units: what a reader sees of a number."""
 
+import math
+
 import pytest
+import torch
 
 from helpers.units import (
     format_bytes,
     format_change,
     format_flops,
     format_ms,
+    parse_bytes,
     round_to_block,
 )
 
@@ -87,3 +91,35 @@ def test_flops_are_in_decimal_units(flops, text):
 )
 def test_changes_are_whole_per_cent(after, before, text):
     assert format_change(after, before) == text
+
+
+@pytest.mark.parametrize(
+    ("written", "n_bytes"),
+    [
+        (512, 512),
+        (8e9, 8 * 10**9),
+        (torch.tensor(7), 7),
+        ("8 GiB", 8 * 2**30),
+        ("512MiB", 512 * 2**20),
+        ("1.5 GB", 1_500_000_000),
+        (" .5 kib ", 512),
+        ("64 B", 64),
+        ("1 TB", 10**12),
+    ],
+)
+def test_bytes_are_read_as_they_are_written(written, n_bytes):
+    assert parse_bytes(written) == n_bytes
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["8 apples", "GiB", "8", "", "-1 GiB", "nan GiB", "1e3 MB", "8 GiB of it", None]
+    + [True, 0, -1, 0.5, 2**60, 2**70, math.nan, math.inf, [8], torch.tensor(0.5)],
+)
+def test_what_is_no_size_of_a_memory(written):
+    with pytest.raises(ValueError) as error:
+        parse_bytes(written)
+    assert str(error.value) == (
+        'memory is a whole number of bytes above 0, or a text such as "8 GiB", '
+        f'"512 MiB" or "1.5 GB", not {written!r}'
+    )

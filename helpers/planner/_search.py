@@ -119,10 +119,10 @@ class Pool:
             if self.peaks.min() == self.peaks[lowest]:
                 break
 
-    def better(self, budget_bytes: int) -> None:
+    def better(self, budget_bytes: int, shift_bytes: int = 0) -> None:
         """Look for cheaper plans that fit, round the cheapest one so far."""
         for _ in range(0 if self.is_whole else ROUNDS):
-            place = self.cheapest(budget_bytes)
+            place = self.cheapest(budget_bytes, shift_bytes)
             if place is None:
                 return
             plans = self.neighbours(self.plans[place])
@@ -131,12 +131,17 @@ class Pool:
             cheaper |= (costs == self.costs[place]) & (plans.sum(1) < self.sizes[place])
             order = costs[cheaper].argsort(descending=True, stable=True)
             self.add(plans[cheaper][order[:NEIGHBOURS]])
-            if self.cheapest(budget_bytes) == place:
+            if self.cheapest(budget_bytes, shift_bytes) == place:
                 return
 
-    def cheapest(self, budget_bytes: int) -> int | None:
-        """Find the cheapest plan that fits, of the fewest segments, by estimate."""
-        places = (self.peaks <= budget_bytes).nonzero()[:, 0]
+    def cheapest(self, budget_bytes: int, shift_bytes: int = 0) -> int | None:
+        """Find the cheapest plan that fits, of the fewest segments, by estimate.
+
+        Args:
+            shift_bytes: by which dry runs are above estimates.
+        """
+        peaks = self.peaks + shift_bytes * ~self.confirmed
+        places = (peaks <= budget_bytes).nonzero()[:, 0]
         if not len(places):
             return None
         for values in (self.costs, self.sizes, self.peaks):

@@ -87,7 +87,7 @@ def _whole(budget_bytes: int | str) -> int:
 def _warn_of_a_gap() -> None:
     warnings.warn(
         "the sizes of this chain's stages double, so that there are too many plans to "
-        f"compare; what is found costs at most {LAST_GAP:.0%} more than the best",
+        f"compare; what is found costs at most {100 * LAST_GAP:g} % more than the best",
         stacklevel=4,
     )
 

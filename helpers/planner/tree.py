@@ -197,10 +197,12 @@ class Planner:
 
     def _of_tree(self, budget_bytes: int) -> StepReport | None:
         """Find the cheapest plan of the module tree."""
-        for _ in range(TRIES):
+        for tried in range(TRIES):
             pool = self.pool
-            pool.better(budget_bytes - self.shift_bytes)
-            place = pool.cheapest(budget_bytes - self.shift_bytes)
+            # At first as if no other estimate were worse than the best one so far.
+            shift_bytes = self.shift_bytes if 2 * tried > TRIES else self.low_bytes
+            pool.better(budget_bytes, shift_bytes)
+            place = pool.cheapest(budget_bytes, shift_bytes)
             if place is None:
                 break
             report = self._confirmed(place)

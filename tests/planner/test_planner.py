@@ -277,3 +277,68 @@ def test_a_chain_without_stages_or_with_one_twice():
 def test_a_chain_says_what_it_is():
     assert "3 stages layer0 … layer2" in repr(THREE)
     assert "265 B" in repr(THREE)
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+@pytest.mark.parametrize("n", [16, 32])
+def test_fractions_of_costs_lose_no_plan(n, kept):
+    """Early stop makes the last of a segment cheap, as milliseconds are measured."""
+
+    def chain(unit: float) -> Chain:
+        chance = random.Random(n)
+        costs = [chance.randint(10**6, 10**7) / unit for _ in range(n)]
+        stages = (
+            Stage(f"s{i}", 1, kept, kept, kept + 2, 0, cost, last_recompute_cost=0.0)
+            for i, cost in enumerate(costs)
+        )
+        return Chain(tuple(stages), loss_forward_bytes=1, loss_backward_bytes=1)
+
+    whole, parts = chain(1), chain(3e6)
+    least = least_peak_bytes(parts)
+    assert pareto(parts)[0][0] == pareto(whole)[0][0] == least
+    expected = whole.recompute_cost(best_plan(whole, least))
+    found = parts.recompute_cost(best_plan(parts, least))
+    assert found * 3e6 == pytest.approx(expected)
+
+
+def doubling_chain(n: int) -> Chain:
+    stages = (
+        Stage(f"s{i}", max(1, 2**i // 8), 2**i, 2**i + 5, 2**i + 9, 0, 2**i + i)
+        for i in range(n)
+    )
+    return Chain(tuple(stages), loss_forward_bytes=1, loss_backward_bytes=1)
+
+
+def test_sizes_that_double():
+    """Nearly every plan has its own budget: exact where short, or a gap is said."""
+    chain = doubling_chain(12)
+    assert len(pareto(chain)) > 200
+    chain = doubling_chain(32)
+    least, most = least_peak_bytes(chain), chain.peak_bytes(Plan())
+    for part in (0, 0.1, 0.5):
+        budget = least + int((most - least) * part)
+        assert chain.peak_bytes(best_plan(chain, budget)) <= budget
+    with pytest.warns(UserWarning, match="at most 2 % more than the best"):
+        points = pareto(chain, 10)
+    assert points[0][0] == least and points[-1][1] == 0
+    for peak, cost, plan in points:
+        exact = chain.recompute_cost(best_plan(chain, peak))
+        assert cost <= 1.02 * exact and chain.peak_bytes(plan) == peak
+
+
+@pytest.mark.parametrize("cost", [math.nan, math.inf, -1, "3", None])
+def test_costs_that_are_none(cost):
+    with pytest.raises(ValueError, match="recompute_cost of stage 'a' is a number"):
+        Stage("a", 1, 1, 1, 1, 0, cost)
+
+
+@pytest.mark.parametrize("budget", [math.nan, math.inf, "8 apples", None, True])
+def test_budgets_that_are_none(budget):
+    with pytest.raises(ValueError, match="memory is a whole number of bytes"):
+        best_plan(doubling_chain(3), budget)
+
+
+@pytest.mark.parametrize("budget", [0, -5])
+def test_budgets_that_are_too_small(budget):
+    with pytest.raises(InfeasibleBudget, match="the least that works is"):
+        best_plan(doubling_chain(3), budget)

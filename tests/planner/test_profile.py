@@ -16,6 +16,7 @@ from helpers.planner import (
     Chain,
     InfeasibleBudget,
     best_plan,
+    front_for,
     least_peak_bytes,
     pareto,
     plan_for,
@@ -415,3 +416,23 @@ def test_models_that_are_no_chain(model, message):
 def test_a_batch_that_does_not_fit():
     with pytest.raises(ValueError, match="does not fit this model at layer"):
         profile(MLP([8, 8, 8]), torch.randn(2, 9))
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (nn.Conv2d(3, 4, 3, padding=1), nn.InstanceNorm2d(4), nn.ReLU(True)),
+        (nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4), nn.ReLU(True), nn.Conv2d(4, 4, 1)),
+        (nn.Conv2d(3, 4, 3), nn.Flatten(), nn.ReLU(True)),
+        (nn.Conv2d(3, 4, 3), nn.Unflatten(1, (2, 2)), nn.Hardswish(True)),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_views_that_are_written_on(layers, device):
+    model, batch = nn.Sequential(*layers), meta(2, 3, 8, 8)
+    chain, plain = profile(model, batch, device=device), predict(model, batch)
+    assert chain.peak_bytes(Plan()) == plain.peak_bytes
+    front = front_for(model, batch, device=device)
+    assert front[-1].peak_bytes <= plain.peak_bytes
+    for report in front:
+        assert report == plan_for(model, batch, report.peak_bytes, device=device)
