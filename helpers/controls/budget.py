@@ -61,11 +61,13 @@ class BudgetLab(widgets.HBox):
         self._planned, self._fits = Plan(), True
         self._follows = True  # whether the boxes show what was planned
         look = {"description": "budget", "layout": {"width": "470px"}}
-        self.slider = widgets.IntSlider(readout=False, max=0, **look)
+        self.slider = widgets.IntSlider(readout=False, max=0, disabled=True, **look)
         self.slider.style.description_width = "52px"
-        self.field = widgets.FloatText(step=0.1, layout={"width": "96px"})
+        look = {"step": 0.1, "disabled": True, "layout": {"width": "96px"}}
+        self.field = widgets.FloatText(**look)
         self.unit = widgets.Label(layout={"width": "36px"})
-        self.least = widgets.Button(layout={"width": "170px"})
+        look = {"description": "least", "layout": {"width": "170px"}}
+        self.least = widgets.Button(disabled=True, **look)
         self.verdict = widgets.HTML().add_class("budget-lab-verdict")
         self.lab = LayerLab(*args, **kwargs)
         self._answered = {self.slider: 0, self.field: 0.0}  # their values, as answered
@@ -179,7 +181,8 @@ class BudgetLab(widgets.HBox):
             )
             self.front = pareto(self._chain, POINTS)
         except Exception as error:
-            self.verdict.value = status(sentence(error), wrong=True)
+            reason = f"no plan for a budget: {sentence(error)}"
+            self.verdict.value = status(reason, wrong=True)
         self._front_of = state.values
         for control in (self.slider, self.field, self.least):
             control.disabled = not self.front

@@ -263,6 +263,7 @@ def test_a_panel_without_a_prediction_works_by_clicks(tree):
 
 def test_a_budget_for_what_cannot_be_predicted_is_refused_and_boxes_work():
     panel = BudgetLab(mixture(), torch.randn(64, 16))
+    assert panel.slider.disabled and panel.field.disabled and panel.least.disabled
     panel.boxes["1"].value = True
     panel.measure_button.click()
     assert panel.finding.startswith("layer 1 alone") and panel.finding in said(panel)
@@ -383,6 +384,7 @@ def test_an_interrupt_of_the_first_prediction_leaves_a_panel_to_work_with(
     lab.shortcuts["each alone"].click()
     lab.shortcuts["each alone"].click()
     assert lab.finding.startswith("blocks 0, 1 each alone") and lab.finding in said(lab)
+    assert lab.rows.children and lab.boxes["blocks.0"].value
 
 
 @pytest.mark.parametrize("where", ["predict", "inspect_model", "meta_model"])
