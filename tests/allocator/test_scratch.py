@@ -121,7 +121,9 @@ def test_a_biass_gradient_is_on_top_of_the_tensors():
 
 def test_without_biases_there_is_none():
     with on_gpu(H100):
-        report = predict(without_biases(), rows_of(8192), loss=lambda y: (y * y).sum())
+        report = predict(
+            without_biases(), rows_of(8192), loss=lambda y: y.square().sum()
+        )
     assert report.scratch_bytes == 0
     assert report.allocator_peak_bytes == report.peak_bytes
     assert "scratch" not in repr(dataclasses.replace(report, source="measured"))

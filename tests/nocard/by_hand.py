@@ -4,7 +4,7 @@ import gc
 
 import torch
 
-from helpers.checkpointing import checkpointed
+from helpers.checkpointing import Plan, checkpointed
 from helpers.measure import training_step
 from helpers.timeline import state_tensors, tensors_in
 from helpers.units import round_to_block
@@ -13,38 +13,35 @@ from tests.nocard.cases import Case
 STEPS = 3
 
 
-def allocator_of(case: Case, plan, model=None) -> dict[str, int]:
-    """Run a loop of three steps, and count the last; as a report's fields."""
+def fresh() -> None:
+    """Give back all that nothing refers to, cuBLAS's workspaces too."""
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+
+
+def allocator_of(case: Case, plan: Plan) -> dict[str, int]:
+    """Run a loop of three steps, and count the last; as a report's fields."""
+    fresh()
     with torch.device("cuda"):
         model, batch = case.make_model(), case.make_batch()
-    settings = dict(case.settings)
-    optimizer = settings.pop("optimizer", None)
+    settings = {"optimizer": None, **case.settings}
+    optimizer = settings.pop("optimizer")
     made = optimizer(model.parameters()) if optimizer else None
-    step = training_step(
-        model, batch, settings.get("loss"), made, settings.get("autocast")
-    )
+    step = training_step(model, batch, optimizer=made, **settings)
     with checkpointed(model, plan):
         for _ in range(STEPS - 1):
             step()
         model.zero_grad()
         lasting = [*model.parameters(), *model.buffers(), *tensors_in(batch)]
         lasting += state_tensors(made) if made else []
-        held = {
-            t.untyped_storage()._cdata: t.untyped_storage().nbytes()
-            for t in lasting
-            if t.is_cuda
-        }
-        others = torch.cuda.memory_allocated() - sum(map(round_to_block, held.values()))
-        reserved = torch.cuda.max_memory_reserved()
+        storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in lasting}
+        held = [one.nbytes() for one in storages.values() if one.device.type == "cuda"]
+        others = torch.cuda.memory_allocated() - sum(map(round_to_block, held))
         torch.cuda.reset_peak_memory_stats()
         step()
     return {
         "allocator_peak_bytes": torch.cuda.max_memory_allocated() - others,
-        "reserved_peak_bytes": max(reserved, torch.cuda.max_memory_reserved()),
-        "before": before,
+        "reserved_peak_bytes": torch.cuda.max_memory_reserved(),
     }
