@@ -66,6 +66,8 @@ class Copies:
         for part in parts:
             if isinstance(part, torch.optim.Optimizer | types.FunctionType):
                 self.of(part)
+            elif isinstance(part, torch.Generator):
+                self.memo.setdefault(id(part), part.clone_state())
             elif not has_parts(part):
                 self.memo[id(part)] = part
         with Undo() as undo:

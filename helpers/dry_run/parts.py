@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dis
 import functools
+import random
 import sys
 import types
 from collections.abc import Iterable, Iterator
@@ -38,7 +39,12 @@ def has_parts(value: object) -> bool:
     if isinstance(value, types.FunctionType):
         return not _is_library(value)
     kinds = torch.Tensor, dict, *_LISTS, types.MethodType, functools.partial
-    return isinstance(value, kinds) or attributes(value) is not None
+    if isinstance(value, (*kinds, torch.Generator, random.Random)):
+        return True
+    numpy = sys.modules.get("numpy")
+    if numpy and isinstance(value, numpy.ndarray | numpy.random.Generator):
+        return True
+    return attributes(value) is not None
 
 
 def attributes(value: object) -> dict | None:

@@ -14,7 +14,7 @@ from torch import nn
 from helpers.checkpointing import Undo
 from helpers.dry_run.parts import contents, has_parts, parts_of, written_in
 from helpers.measure._cpu_limit import uncounted
-from helpers.timeline import tensors_in
+from helpers.timeline import local, tensors_in
 
 
 @contextlib.contextmanager
@@ -100,7 +100,8 @@ def _tensor_back(tensor: torch.Tensor) -> Callable | None:
     def back() -> None:
         if not tensor.is_leaf:
             tensor.detach_()
-        if tensor.layout is torch.strided and not tensor.is_set_to(data):
+        is_plain = tensor.layout is torch.strided and local(tensor) is tensor
+        if is_plain and not tensor.is_set_to(data):
             tensor.data = data
         tensor.requires_grad_(requires_grad).grad = grad
 
@@ -116,7 +117,7 @@ def _saved(parts: list[object], unchanged: set[int]) -> list[Callable]:
     found = {}
     for part in parts:
         if isinstance(part, torch.Tensor) and id(part) not in unchanged:
-            for tensor in tensors_in(part):
+            for tensor in tensors_in(local(part)):
                 if not tensor.is_meta:
                     storage = tensor.untyped_storage()
                     found[storage._cdata] = storage

@@ -17,6 +17,7 @@ from helpers.measure.device import free_memory, too_large, usable_device
 from helpers.measure.faults import NO_BACKWARD, Misfit, is_out_of_memory
 from helpers.measure.measured import Run, Setting
 from helpers.measure.step import Loss, Step
+from helpers.timeline import local
 
 Tensors = dict[str, torch.Tensor]
 ROOM = 4  # how many times its own spread a step may differ that never equals itself
@@ -139,6 +140,9 @@ def _outcome(
                     undo.callback(parameter.register_hook(note).remove)
             with run.applied(plan):
                 run.step()
+        for name, parameter in model.named_parameters():
+            if name not in gradients and parameter.grad is not None:
+                _noting(gradients, name)(local(parameter.grad))  # sharded: no hook ran
         if not gradients:
             raise Misfit(NO_BACKWARD)
         return gradients, _state(model)

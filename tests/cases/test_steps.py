@@ -658,7 +658,6 @@ OTHERS = {
     "fused": lambda m: torch.optim.AdamW(m.parameters(), fused=True),
     "Adagrad": lambda m: torch.optim.Adagrad,
     "RMSprop": lambda m: torch.optim.RMSprop(m.parameters(), momentum=0.5),
-    "Adafactor": lambda m: torch.optim.Adafactor,
     "Muon": lambda m: torch.optim.Muon([p for p in m.parameters() if p.dim() == 2]),
     "groups": lambda m: AdamW(
         [{"params": m[0].parameters(), "lr": 0.1}, {"params": m[2].parameters()}]
@@ -720,7 +719,7 @@ def two_updates(model, batch, optimizer):
 
 def another_key(model, batch, optimizer):
     random.random(), np.random.rand(), torch.rand(1)
-    usual(model, batch, optimizer)
+    usual(model, batch[:2], optimizer)
     batch[0].add_(1)
     batch[2]["mask"]
 
@@ -733,7 +732,7 @@ BAD = {
     no_backward: "never calls backward",
     another_structure: "changes which modules",
     two_updates: "optimizer.step\\(\\) 2 times",
-    another_key: "the step fails: IndexError|the step fails: KeyError",
+    another_key: "the step fails: KeyError: 'mask'",
     another_form: "does not fit this model at layer '0'",
 }
 
@@ -753,11 +752,21 @@ def test_a_bad_step_is_told_and_leaves_all_as_it_was(step, run):
 
 
 def test_an_optimizer_of_another_model_is_refused():
-    model, other = mlp(), mlp()
+    model, other, batch = mlp(), mlp(), pair()
     optimizer = AdamW(other.parameters())
     for run in (predict, measure):
         with untouched(model, other), pytest.raises(ValueError, match="not this model"):
-            run(model, pair(), step=usual, optimizer=optimizer, device="cpu")
+            run(model, batch, step=usual, optimizer=optimizer, device="cpu")
+
+
+def test_adafactor_looks_at_parameters_and_is_measured():
+    model, batch = mlp(), pair()
+    with pytest.raises(ValueError, match="looks at values"):
+        predict(model, batch, optimizer=torch.optim.Adafactor, device="cpu")
+    with untouched(model, batch):
+        how = {"optimizer": torch.optim.Adafactor, "device": "cpu"}
+        assert measure(model, batch, PLAN, repeats=0, **how).recompute_flops
+        assert verify(model, batch, PLAN, **how).same
 
 
 def lbfgs(model, batch, optimizer):
