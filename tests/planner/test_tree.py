@@ -200,3 +200,13 @@ def test_a_budget_that_is_none(budget):
 def test_nothing_to_tick():
     with pytest.raises(InfeasibleBudget, match="the least that works"):
         plan_for(nn.Linear(8, 8), torch.randn(4, 8), 100)
+
+
+@pytest.mark.parametrize("name", ["tuples", "mixer"])
+def test_neighbours_in_one_segment_need_less_than_any_alone(name):
+    make, batch = SMALL[name]
+    model = make()
+    alone = min(it.peak_bytes for it in try_all(model, batch, device="cpu"))
+    lowest = front_for(model, batch, device="cpu")[0]
+    assert lowest.peak_bytes < alone
+    assert any(len(segment) > 1 for segment in lowest.plan.segments)
