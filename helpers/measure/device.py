@@ -66,6 +66,14 @@ def placed(model: nn.Module, device: str, batch: object, *others: object) -> lis
     return [model, copies.of(batch), *others]
 
 
+def begin_anew(model: nn.Module, batch: object) -> None:
+    """Let CUDA's allocator keep nothing of earlier steps, as in a new process."""
+    _allocated_without_gradients([*model.parameters(), *tensors_in(batch)])
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
 def allocator_bytes(
     step: Callable, model: nn.Module, batch: object, state: object
 ) -> dict[str, int]:
@@ -79,9 +87,6 @@ def allocator_bytes(
         state: tensors of the optimizer's state, nested in any way.
     """
     lasting = list(tensors_in([*model.parameters(), *model.buffers(), batch]))
-    torch._C._cuda_clearCublasWorkspaces()
-    without_workspace = _allocated_without_gradients(lasting)
-    step()
     start_bytes = _allocated_without_gradients(lasting)
     storages = {
         tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
@@ -89,17 +94,18 @@ def allocator_bytes(
         if tensor.is_cuda
     }
     others = start_bytes - sum(map(round_to_block, storages.values()))
-    torch.cuda.empty_cache()  # or what earlier steps reserved would count as well
+    reserved = torch.cuda.max_memory_reserved()
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
     allocated = torch.cuda.max_memory_allocated()
     asked_for = torch.cuda.memory_stats()["requested_bytes.all.peak"]
+    torch._C._cuda_clearCublasWorkspaces()
     return {
         "allocator_peak_bytes": allocated - others,
         "padding_bytes": allocated - asked_for,
-        "workspace_bytes": start_bytes - without_workspace,
-        "reserved_peak_bytes": torch.cuda.max_memory_reserved(),
+        "workspace_bytes": start_bytes - _allocated_without_gradients(lasting),
+        "reserved_peak_bytes": max(reserved, torch.cuda.max_memory_reserved()),
     }
 
 

@@ -21,6 +21,7 @@ from helpers.measure._as_found import left_as_found
 from helpers.measure._cpu_limit import counted_anew, uncounted
 from helpers.measure.device import (
     allocator_bytes,
+    begin_anew,
     free_memory,
     memory_bytes,
     placed,
@@ -226,21 +227,23 @@ class Run:
     def bytes_of(self, plan: Plan) -> Generator[None, None, StepReport]:
         """Count a step's bytes, after steps that warm up."""
         model, batch, made = self.model, self.batch, self.optimizer
-        for _ in range(max(1, self.setting.warmup)):
+        on_gpu, counted = self.device == "cuda", {}
+        if on_gpu:
+            begin_anew(model, batch)
+        for _ in range(max(1 + on_gpu, self.setting.warmup)):
             yield
             with self.applied(plan), counted_anew(made):
                 self.step()
-        yield
-        with self.applied(plan):
-            timeline = record_timeline(self.step, model, batch=batch, optimizer=made)
-        report = report_of(timeline, plan, self.device, "measured")
-        if self.device == "cuda":
+        if on_gpu:
             yield
             with self.applied(plan):
                 state = list(made.state.values()) if made else []
                 counted = allocator_bytes(self.step, model, batch, state)
-            report = dataclasses.replace(report, **counted)
-        return report
+        yield
+        with self.applied(plan):
+            timeline = record_timeline(self.step, model, batch=batch, optimizer=made)
+        report = report_of(timeline, plan, self.device, "measured")
+        return dataclasses.replace(report, **counted)
 
     def times_of(
         self, plans: Sequence[Plan]
