@@ -9,7 +9,7 @@ from torch import nn
 
 from helpers.checkpointing import Plan
 from helpers.inspection import inspect_model
-from helpers.measure import measure, predict, verify
+from helpers.measure import measure, measured, predict, verify
 from tests.cases.agreement import counts, untouched
 
 D = 8
@@ -220,11 +220,13 @@ def one(seed: int) -> tuple[str, str]:
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("start", range(0, 720, 120))
-def test_a_hundred_random_models(start):
-    found = [one(seed) for seed in range(start, start + 120)]
+@pytest.mark.parametrize("start", [0, 310])
+def test_three_hundred_random_models(start, monkeypatch):
+    # A measurement predicts first whether there is room; that takes time here.
+    monkeypatch.setattr(measured, "_needed_bytes", lambda *given: (0, 0))
+    found = [one(seed) for seed in range(start, start + 310)]
     ran = [(told, code) for told, code in found if told != "does not run"]
     refused = sum(told == "refused" for told, _ in ran)
     bad = [f"{told}\n{code}" for told, code in ran if told not in ("", "refused")]
     assert not bad, "\n\n".join(bad)
-    assert len(ran) >= 100 and refused < 0.05 * len(ran)
+    assert len(ran) >= 300 and refused < 0.05 * len(ran)
