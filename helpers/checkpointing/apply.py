@@ -108,24 +108,27 @@ def refuse_opaque(model: nn.Module, has_data: bool = False) -> None:
         PlanFault: names the part, and says what to give instead.
     """
     for name, module in model.named_modules():
-        kind = type(module).__module__
+        why = "" if has_data else _without_data(type(module))
         if "_orig_mod" in module._modules or module._compiled_call_impl:
             why = "is compiled, and would run uncompiled while it is watched: give the "
             why += "model before that, here or to helpers.compiled"
-        elif has_data:
-            continue
-        elif isinstance(module, torch.jit.ScriptModule):
-            why = "is compiled by TorchScript, which runs nothing without data: give "
-            why += "the model that was scripted or traced"
-        elif "quantized" in kind and kind.startswith("torch.ao.nn"):
-            why = "is quantised, and has no gradient: give the model before that"
-        elif isinstance(module, nn.parallel.DistributedDataParallel):
-            why = "is shared with other processes: give its .module"
-        elif any(cls.__name__.startswith("FSDPModule") for cls in type(module).__mro__):
-            why = "is sharded by fully_shard: give the model before that"
-        else:
-            continue
-        raise PlanFault(f"{repr(name) if name else 'the model'} {why}")
+        if why:
+            raise PlanFault(f"{repr(name) if name else 'the model'} {why}")
+
+
+@functools.cache
+def _without_data(kind: type) -> str:
+    """Say why a module of some kind cannot be copied and run without data."""
+    if issubclass(kind, torch.jit.ScriptModule):
+        why = "is compiled by TorchScript, which runs nothing without data: give "
+        return why + "the model that was scripted or traced"
+    if "quantized" in kind.__module__ and kind.__module__.startswith("torch.ao.nn"):
+        return "is quantised, and has no gradient: give the model before that"
+    if issubclass(kind, nn.parallel.DistributedDataParallel):
+        return "is shared with other processes: give its .module"
+    if any(cls.__name__.startswith("FSDPModule") for cls in kind.__mro__):
+        return "is sharded by fully_shard: give the model before that"
+    return ""
 
 
 class Forward:

@@ -168,6 +168,8 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
         raise PlanFault(f"plan={plan!r} is no plan; Plan() checkpoints nothing")
     if not isinstance(model, nn.Module):
         raise PlanFault(f"a plan is for an nn.Module, not for {model!r}")
+    if not plan.segments:
+        return
     known = _all_names(model)
     layers = ", ".join(layer_names(model) or known) or "none"
     for name in plan.names:

@@ -87,8 +87,7 @@ class Imagined:
             self.undo.callback(_let_go, id(model), mine)
             if _in_use.setdefault(id(model), mine) is mine:
                 keep_attributes(self.undo, model)
-                same = model, *model.parameters()
-                self.copies.memo.update((id(one), one) for one in same)
+                self.copies.keep(model)
             else:
                 model = self.copies.of(model)
         return [model, *map(self.copies.of, others)]

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from helpers.checkpointing import Undo
@@ -27,6 +28,11 @@ class Copies:
         self.asked = _Asked(change)
         self.memo: dict[int, object] = {}  # deepcopy's: what was copied, by address
         self.hooked: set[int] = set()  # tensors whose copies have their hooks
+        self._kept: list[nn.Module] = []
+
+    def keep(self, model: nn.Module) -> None:
+        """Let a model, which is where copies are, stay itself in what refers to it."""
+        self._kept.append(model)
 
     def of(self, value: object) -> object:
         """Copy a value: a model, a batch, an optimizer of that model, a function.
@@ -37,8 +43,14 @@ class Copies:
         Raises:
             ValueError: for an optimizer of another model.
         """
-        if value is None:
-            return None
+        if value is None or id(value) in self.memo:
+            return self.memo.get(id(value))
+        if type(value) is torch.Tensor and value.is_leaf and not _has_more(value):
+            self.memo[id(value)] = made = self.asked.change(value)
+            return made
+        while self._kept:
+            model = self._kept.pop()
+            self.memo |= {id(part): part for part in (model, *model.parameters())}
         if isinstance(value, torch.optim.Optimizer):
             return self._optimizer(value)
         if isinstance(value, types.FunctionType):
@@ -112,6 +124,11 @@ class Copies:
     def _held(self, value: object) -> object:
         """Copy what a function refers to, where a step may change it."""
         return self.of(value) if has_parts(value) else value
+
+
+def _has_more(tensor: torch.Tensor) -> bool:
+    hooks = tensor._backward_hooks or tensor._post_accumulate_grad_hooks
+    return bool(tensor.grad is not None or hooks)
 
 
 class _Asked(TorchFunctionMode):

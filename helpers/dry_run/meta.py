@@ -4,6 +4,7 @@ They have shapes and lifetimes, but no data. PyTorch's meta kernels are Python a
 times slower than a lookup, so that each combination of shapes is asked for only once.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -39,9 +40,14 @@ def meta_model(
             f"a {type(model).__name__}"
         )
     refuse_opaque(model)
-    if all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
+    if all(map(_has_no_data, model.modules())):
         return model
     return (copies or meta_copies()).of(model)
+
+
+def _has_no_data(module: nn.Module) -> bool:
+    own = *module._parameters.values(), *module._buffers.values()
+    return all(tensor is None or tensor.is_meta for tensor in own)
 
 
 def meta_batch(batch: object) -> object:
@@ -80,26 +86,22 @@ def stand_in(tensor: torch.Tensor) -> torch.Tensor:
 _HOLDING = dict, list
 
 
-def keep_attributes(undo: Undo, model: nn.Module, *others: dict) -> None:
-    """Put back what modules hold at a block's end: tensors replaced, lists grown.
-
-    Args:
-        others: dicts that are put back as well.
-    """
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    kept = []
-    for own in [*map(vars, model.modules()), *others]:
+def keep_attributes(undo: Undo, model: nn.Module) -> None:
+    """Put back what modules hold at a block's end: tensors replaced, lists grown."""
+    gradients, kept = [], []
+    for own in map(vars, model.modules()):
         kept.append((own, own.copy()))
-        for value in own.values():
-            if isinstance(value, _HOLDING):
-                kept.append((value, value.copy()))
+        held = [value for value in own.values() if isinstance(value, _HOLDING)]
+        kept += [(value, value.copy() if value else ()) for value in held]
+        parameters = own.get("_parameters", {}).values()
+        gradients += [(one, one.grad) for one in parameters if one is not None]
     for _ in range(2):  # an interrupt may end the first
         undo.callback(_put_back, kept, gradients)
 
 
 def _put_back(kept: list[tuple], gradients: list[tuple]) -> None:
     for value, before in kept:
-        if not _same(value, before):
+        if (value or before) and not _same(value, before):
             value.clear()
             (value.extend if isinstance(value, list) else value.update)(before)
     for parameter, gradient in gradients:
@@ -128,6 +130,7 @@ class RememberedShapes:
     Called as ``run(func, args, kwargs)``. An operator that returns new tensors or its
     own arguments is answered from memory the next time; views always run. A
     fused optimizer's step, which not every one has for meta tensors, makes nothing.
+    Called with ``otherwise``, it leaves to that what is not known to be plain.
 
     Args:
         on_cpu: whether to answer as a CPU's kernels do, where these differ.
@@ -135,19 +138,35 @@ class RememberedShapes:
 
     def __init__(self, most: int = 20_000, on_cpu: bool = False) -> None:
         self._answers: dict[tuple, object] = {}
+        self._plain: dict[tuple, object] = {}  # of them, where values are nothing
         self._most, self._on_cpu = most, on_cpu
 
     def __len__(self) -> int:
         return len(self._answers)
 
-    def __call__(self, func: Callable, args: tuple, kwargs: dict) -> object:
+    def plain(self, func: Callable, args: tuple) -> object:
+        """Run an operator to which only shapes matter, where no values are known."""
+        out, key = self(func, args, {}), (func, _signature(args), ())
+        with contextlib.suppress(TypeError, KeyError):
+            self._plain[key] = self._answers[key]
+        return out
+
+    def __call__(
+        self,
+        func: Callable,
+        args: tuple,
+        kwargs: dict,
+        otherwise: Callable | None = None,
+    ) -> object:
         if func.overloadpacket in _FUSED_STEPS:
             return None
         key = (func, _signature(args), _signature(tuple(kwargs.items())))
         try:
-            answer = self._answers.get(key)
+            answer = (self._plain if otherwise else self._answers).get(key)
         except TypeError:  # an argument that cannot be hashed
-            return _run(func, args, kwargs)
+            return (otherwise or _run)(func, args, kwargs)
+        if otherwise and answer is None:
+            return otherwise(func, args, kwargs)
         if answer is _VIEW:
             return func(*args, **kwargs)
         if answer is _ASK_AGAIN:
@@ -158,6 +177,7 @@ class RememberedShapes:
         out, answer = self._first(func, args, kwargs)
         if len(self) > self._most:
             self._answers.clear()
+            self._plain.clear()
         if answer is None:
             answer = _VIEW if func.is_view else _ASK_AGAIN
         self._answers[key] = answer

@@ -78,18 +78,24 @@ class Values:
 
     def __init__(self, run: Callable, device: str) -> None:
         self.run, self.device = run, device
+        self.made = Value.made
 
     def __call__(self, func: Callable, args: tuple, kwargs: dict) -> object:
+        """Run an operator; as most, one on floats, while no value is known."""
+        known = Value.made != self.made
+        return self.run(func, args, kwargs, None if known else self.look_at)
+
+    def look_at(self, func: Callable, args: tuple, kwargs: dict) -> object:
         kind = _KINDS.get(id(func)) or _kind(func)
         if kind.is_plain and not kwargs and args:  # as most, and of these none is known
             for arg in args:
                 if isinstance(arg, Tensor):
                     if not arg.is_meta or may_be_known(arg):
                         break
-                elif arg is args[0] or isinstance(arg, list):
+                elif arg is args[0] or isinstance(arg, list) and any(leaves(arg)):
                     break
             else:
-                return self.run(func, args, kwargs)
+                return self.run.plain(func, args)
         if kind.handler:
             return kind.handler(self, func, args, kwargs)
         if "device" in kwargs:

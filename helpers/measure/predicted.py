@@ -66,7 +66,6 @@ def predict(
             timeline = first = imagined.record(run, model, batch, made)
             if made or step or _leaves(timeline):  # the first makes what stays
                 timeline = imagined.record(run, model, batch, made)
-        model.zero_grad(set_to_none=True)
         told = plan, imagined.device, "predicted", imagined.unknown(timeline)
         return report_of(timeline, *told, first)
 

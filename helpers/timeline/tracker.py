@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
+from itertools import chain
 
 import torch
 from torch import nn
@@ -32,13 +33,13 @@ from helpers.timeline.operators import (
     Observer,
     Requests,
     call,
+    dense_parts,
     flops_of,
     is_sharded,
     local,
     no_scratch,
     outputs_in_order,
     state_tensors,
-    tensors_in,
 )
 from helpers.units import round_to_block
 
@@ -92,7 +93,7 @@ class Tracker(TorchDispatchMode):
 
     def expect(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
         """Count tensors that were there before the step."""
-        for tensor in tensors_in([*map(local, tensors)]):
+        for tensor in chain.from_iterable(map(dense_parts, map(local, tensors))):
             storage = tensor.untyped_storage()
             if self._counts(tensor, storage):
                 made = self.follow(storage, tuple(tensor.shape), "before", "", "")
@@ -220,7 +221,7 @@ class Tracker(TorchDispatchMode):
             self._label("gradient", self._gradients())
 
     def _label(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
-        for tensor in tensors_in([*map(local, tensors)]):
+        for tensor in chain.from_iterable(map(dense_parts, map(local, tensors))):
             allocation = self.alive.get(tensor.untyped_storage()._cdata)
             if allocation is not None:
                 allocation.category = category
