@@ -24,6 +24,16 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def of_dense_gradient(args: tuple, gpu: Gpu) -> Requests:
+    """A copy of a gradient that does not lie row by row, such as a sum's, expanded."""
+    gradient = args[0]
+    dense = gradient.is_contiguous()
+    if gradient.dim() in (4, 5):
+        layout = torch.channels_last if gradient.dim() == 4 else torch.channels_last_3d
+        dense = dense or gradient.is_contiguous(memory_format=layout)
+    return () if dense else (_bytes(gradient),)
+
+
 # Attention --------------------------------------------------------------------------
 
 
@@ -84,14 +94,15 @@ def of_safe_softmax(args: tuple, gpu: Gpu) -> Requests:
 def of_embedding_backward(args: tuple, gpu: Gpu) -> Requests:
     """Sort the ids, and add up the rows of each in parts of ten."""
     gradient, ids, rows = args[:3]
-    count = ids.numel()
+    count, copy = ids.numel(), of_dense_gradient(args, gpu)
     if count <= 3072:
-        return ()
+        return copy
     each, kinds = _bytes(ids), min(count, rows)
     parts = count // 10 + kinds
     sums = parts * (gradient.numel() // count) * _FLOAT
     kinds *= ids.element_size()
-    return each, each, each, 8, kinds, kinds, 8, parts * ids.element_size(), sums
+    places = parts * ids.element_size()
+    return *copy, each, each, each, 8, kinds, kinds, 8, places, sums
 
 
 def of_group_norm(args: tuple, gpu: Gpu) -> Requests:
@@ -108,7 +119,8 @@ def of_group_norm_backward(args: tuple, gpu: Gpu) -> Requests:
     of_channels, of_groups = (batch * n * _FLOAT for n in (channels, groups))
     if size == 1:
         return of_groups, of_groups
-    return of_channels, of_channels, of_groups, of_groups, of_channels
+    scaled = () if args[4] is None else (of_channels,)
+    return of_channels, of_channels, of_groups, of_groups, *scaled
 
 
 # Convolutions, where cuDNN is switched off ------------------------------------------
@@ -125,7 +137,7 @@ def of_convolution(args: tuple, gpu: Gpu) -> Requests:
 def of_convolution_backward(args: tuple, gpu: Gpu) -> Requests:
     """What forward takes, and a copy of a gradient that is one number expanded."""
     gradient, x, weight, _, stride, padding, dilation, transposed, _, groups = args[:10]
-    copied = () if gradient.is_contiguous() else (_bytes(gradient),)
+    copied = of_dense_gradient(args, gpu)
     if torch.backends.cudnn.enabled:
         return copied
     patches = _patches(x, weight, stride, padding, dilation, transposed, groups)

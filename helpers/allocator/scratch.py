@@ -109,10 +109,20 @@ def _of_reduction(args: tuple, gpu: Gpu) -> Requests:
 
 _PRODUCTS = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.mv, _aten.addmv)
 _PRODUCTS += (_aten.dot, _aten.vdot, _aten.addbmm, _aten._addmm_activation)
+# Backward of these takes a gradient row by row.
+_DENSE = """native_layer_norm _fused_rms_norm max_pool2d_with_indices
+  max_pool3d_with_indices fractional_max_pool2d avg_pool2d avg_pool3d
+  adaptive_max_pool2d adaptive_max_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d
+  reflection_pad1d reflection_pad2d upsample_linear1d upsample_nearest1d
+  upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d
+  upsample_trilinear3d _upsample_nearest_exact1d _upsample_nearest_exact2d
+  _upsample_nearest_exact3d""".split()
+_DENSE_ONLY = [getattr(_aten, f"{name}_backward").default for name in _DENSE]
 _SUMS = _aten.sum.default, _aten.sum.dim_IntList, _aten.mean.default, _aten.mean.dim
 _RULES: dict[torch._ops.OpOverload, Callable | str] = {
     **dict.fromkeys((product.default for product in _PRODUCTS), _of_product),
     **dict.fromkeys(_SUMS, _of_reduction),
+    **dict.fromkeys(_DENSE_ONLY, "of_dense_gradient"),
     _aten._scaled_dot_product_flash_attention_backward.default: "of_flash_backward",
     _aten._scaled_dot_product_efficient_attention_backward.default: (
         "of_efficient_backward"
