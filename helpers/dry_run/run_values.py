@@ -78,24 +78,29 @@ class Values:
 
     def __init__(self, run: Callable, device: str) -> None:
         self.run, self.device = run, device
-        self.made = Value.made
+        self.of_floats = Value.of_floats  # before
 
     def __call__(self, func: Callable, args: tuple, kwargs: dict) -> object:
-        """Run an operator; as most, one on floats, while no value is known."""
-        known = Value.made != self.made
-        return self.run(func, args, kwargs, None if known else self.look_at)
+        """Run an operator; most are on floats, of which no value is known."""
+        if Value.of_floats != self.of_floats:
+            return self.look_at(func, args, kwargs)
+        return self.run(func, args, kwargs, self.look_at)
 
     def look_at(self, func: Callable, args: tuple, kwargs: dict) -> object:
         kind = _KINDS.get(id(func)) or _kind(func)
         if kind.is_plain and not kwargs and args:  # as most, and of these none is known
+            floats = True
             for arg in args:
                 if isinstance(arg, Tensor):
                     if not arg.is_meta or may_be_known(arg):
                         break
+                    floats = floats and arg.is_floating_point()
                 elif arg is args[0] or isinstance(arg, list) and any(leaves(arg)):
                     break
             else:
-                return self.run.plain(func, args)
+                return (
+                    self.run.plain(func, args) if floats else self.run(func, args, {})
+                )
         if kind.handler:
             return kind.handler(self, func, args, kwargs)
         if "device" in kwargs:

@@ -55,15 +55,13 @@ class Call:
 class Value:
     """What a storage holds: what it is known to, or what a call will tell."""
 
-    of_floats = False  # whether there has been one
-    made = 0  # how many there have been
+    of_floats = 0  # how many there have been
 
     def __init__(self, call: Call | None, which: object, like: Tensor) -> None:
         self.call, self.which, self.real = call, which, None
         self.like = like.shape, like.stride(), like.dtype
         self.depth = call.depth if call else 0
-        Value.made += 1
-        Value.of_floats = Value.of_floats or like.is_floating_point()
+        Value.of_floats += like.is_floating_point()
         if self.depth > _DEEPEST:
             self.storage()
 
