@@ -75,6 +75,17 @@ def test_every_way_in_runs_make_test():
     assert "make test" in (ROOT / "README.md").read_text()
 
 
+def test_cudas_tests_have_an_environment_and_a_job_of_their_own():
+    makefile = (ROOT / "Makefile").read_text()
+    assert "PIP_FIND_LINKS=$(CURDIR)/$(CUDA_VENV)/none" in makefile, "a wheel with CUDA"
+    assert "-c requirements.lock torch" in makefile, "of the pinned version"
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    steps = workflow["jobs"]["test-cuda"]["steps"]
+    assert steps[-1] == {"run": "make test-cuda"}
+    for script in ("test.sh", "run.sh", "build.sh"):
+        assert os.access(ROOT / "tests" / "nocard" / script, os.X_OK)
+
+
 def test_make_installs_what_conda_installs():
     makefile = (ROOT / "Makefile").read_text()
     assert "install -c requirements.lock -e '.[dev]'" in makefile
