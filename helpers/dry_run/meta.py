@@ -144,9 +144,9 @@ class RememberedShapes:
     def __len__(self) -> int:
         return len(self._answers)
 
-    def plain(self, func: Callable, args: tuple) -> object:
+    def plain(self, func: Callable, args: tuple, kwargs: dict) -> object:
         """Run an operator to which only shapes matter, where no values are known."""
-        out, key = self(func, args, {}), (func, _signature(args), ())
+        out, key = self(func, args, kwargs), (func, _signature(args), ())
         with contextlib.suppress(TypeError, KeyError):
             self._plain[key] = self._answers[key]
         return out

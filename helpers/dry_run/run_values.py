@@ -95,7 +95,7 @@ class Values:
                     if not arg.is_meta or may_be_known(arg):
                         break
                     floats = floats and arg.is_floating_point()
-                elif arg is args[0] or isinstance(arg, list) and any(leaves(arg)):
+                elif arg is args[0] or isinstance(arg, list) and [*leaves(arg)]:
                     break
             else:
                 return (
