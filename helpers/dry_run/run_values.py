@@ -98,9 +98,8 @@ class Values:
                 elif arg is args[0] or isinstance(arg, list) and [*leaves(arg)]:
                     break
             else:
-                return (
-                    self.run.plain(func, args) if floats else self.run(func, args, {})
-                )
+                run = self.run.plain if floats else self.run
+                return run(func, args, kwargs)
         if kind.handler:
             return kind.handler(self, func, args, kwargs)
         if "device" in kwargs:
