@@ -30,13 +30,13 @@ LAYERS = [
 ]
 RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 WITHIN = {"dry_run": {"allocator"}, "planner": {"inspection"}}
-MOST_ENTRIES, MOST_LINES, FILE_LINES, FUNCTION_LINES = 20, 10_500, 330, 40
+MOST_ENTRIES, MOST_LINES, FILE_LINES, FUNCTION_LINES = 20, 16_000, 330, 40
 STARRED = """units models/mlp checkpointing/plan checkpointing/apply
   from_scratch/__init__ from_scratch/reentrant from_scratch/segment timeline/tracker
   timeline/record dry_run/__init__ measure/step measure/predicted
   controls/state""".split()
 STARRED_LINES = 250  # files to learn from, which the notebooks link
-CLOSURE_FILES, CLOSURE_LINES = 13, 2_000
+CLOSURE_FILES, CLOSURE_LINES = 13, 2_600
 NOT_IN_CLOSURE = "controls", "plots", "recording", "_cpu_limit"
 
 Place = tuple[str, ...]  # a path, or a dotted name, below helpers

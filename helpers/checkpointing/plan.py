@@ -176,6 +176,13 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
         if name not in known:
             raise ValueError(f"no layer named {name!r}; this model has: {layers}")
         _check_is_called(model, name)
+    _check_names(plan)
+    for segment in plan.segments:
+        _check_segment(model, segment, layers)
+
+
+def _check_names(plan: Plan) -> None:
+    """Raise ValueError for a layer that is in two segments, or inside another."""
     for name in plan.names:
         if plan.names.count(name) > 1:
             raise ValueError(
@@ -187,23 +194,24 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
                     f"{name!r} lies inside {other!r}, which is checkpointed as well; "
                     "name one of the two"
                 )
-    for segment in plan.segments:
-        for before, after in zip(segment, segment[1:], strict=False):
-            if not (
-                follows(model, before, after) or listed_after(model, before, after)
-            ):
-                raise ValueError(
-                    f"{after!r} does not follow {before!r} in one nn.Sequential, so "
-                    "they cannot share a segment; a segment is a run of neighbours "
-                    f"among: {layers}"
-                )
-        parent = parent_of(segment[0])
-        if len(segment) > 1 and "forward" in vars(model.get_submodule(parent)):
+
+
+def _check_segment(model: nn.Module, segment: tuple[str, ...], layers: str) -> None:
+    """Raise ValueError for one that is no run of neighbours, or cannot be put there."""
+    for before, after in zip(segment, segment[1:], strict=False):
+        if not (follows(model, before, after) or listed_after(model, before, after)):
             raise ValueError(
-                f"the forward of {repr(parent) if parent else 'the model'} has been "
-                f"replaced already, so {' and '.join(segment)} cannot share a segment; "
-                f"undo the other plan first, or name single layers among: {layers}"
+                f"{after!r} does not follow {before!r} in one nn.Sequential, so they "
+                "cannot share a segment; a segment is a run of neighbours among: "
+                f"{layers}"
             )
+    parent = parent_of(segment[0])
+    if len(segment) > 1 and "forward" in vars(model.get_submodule(parent)):
+        raise ValueError(
+            f"the forward of {repr(parent) if parent else 'the model'} has been "
+            f"replaced already, so {' and '.join(segment)} cannot share a segment; "
+            f"undo the other plan first, or name single layers among: {layers}"
+        )
 
 
 def _check_is_called(model: nn.Module, name: str) -> None:

@@ -16,7 +16,6 @@ _HOMES = {
     "time_step_ms": "device",
     "training_step": "step",
     "GivenOptimizer": "predicted",
-    "OptimizerFactory": "predicted",
     "predict": "predicted",
     "report_of": "predicted",
     "measure": "measured",

@@ -46,18 +46,23 @@ def checked_step(
                 undo.callback(optimizer.register_step_post_hook(count).remove)
             with told(model, parts, "the step"):
                 step(model, batch, optimizer)
-        if len(updates) > 1:
-            raise Misfit(
-                f"the step calls optimizer.step() {len(updates)} times; a step ends "
-                "with one update, so give what lies between two of them"
-            )
-        if _structure(model) != before:
-            raise Misfit(
-                "the step changes which modules or parameters the model has; make the "
-                "model as it is to be first, and give that"
-            )
+        _check(len(updates), before, _structure(model))
 
     return run
+
+
+def _check(n_updates: int, before: list, after: list) -> None:
+    """Raise a Misfit if a step was more than one, or changed the model's structure."""
+    if n_updates > 1:
+        raise Misfit(
+            f"the step calls optimizer.step() {n_updates} times; a step ends with one "
+            "update, so give what lies between two of them"
+        )
+    if after != before:
+        raise Misfit(
+            "the step changes which modules or parameters the model has; make the "
+            "model as it is to be first, and give that"
+        )
 
 
 def _count(updates: list[object], *_: object) -> None:

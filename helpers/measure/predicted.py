@@ -17,8 +17,6 @@ from helpers.measure.report import StepReport
 from helpers.measure.step import Loss, Step, training_step
 from helpers.timeline import Timeline
 
-OptimizerFactory = GivenOptimizer
-
 
 def predict(
     model_or_factory: nn.Module | Callable[[], nn.Module],
@@ -42,14 +40,8 @@ def predict(
 
     Args:
         model_or_factory: a model on any device, left as it is, or what makes one.
-        batch: ``x`` or ``(x, target)`` on any device; ``x`` may be a dict of keywords.
-            With a ``step``, anything that it takes apart.
-        loss: called with the output, and the target where there is one; default:
-            cross-entropy with a target, ``output.sum()`` without.
-        optimizer: called with the parameters, e.g. ``torch.optim.AdamW``; or one of the
-            model's own.
-        autocast: the lower precision in which autocast runs forward and loss, if any.
-        step: a training step of your own, called with model, batch and optimizer.
+        batch, loss, autocast, step: as in ``training_step``, on any device.
+        optimizer: called with the parameters, as ``torch.optim.AdamW``; or the model's.
         device: "cpu" or "cuda", whose kernels and defaults are assumed.
         gpu: for which CUDA card, as "A100"; default: this machine's, or else an H100.
         checkpoint_options: see ``checkpointed``.

@@ -45,7 +45,17 @@ def training_step(
             f"autocast is torch.bfloat16, torch.float16 or None, not {autocast!r}"
         )
     loss = loss or (_cross_entropy if targets else _total)
+    return _usual_step(model, x, targets, loss, optimizer, autocast)
 
+
+def _usual_step(
+    model: nn.Module,
+    x: object,
+    targets: tuple,
+    loss: Loss,
+    optimizer: torch.optim.Optimizer | None,
+    autocast: torch.dtype | None,
+) -> Callable[[], None]:
     def usual_step() -> None:
         model.zero_grad(set_to_none=True)
         for tensor in tensors_in([x, *targets]):

@@ -59,7 +59,7 @@ class Tracker(TorchDispatchMode):
         observers: are told of operators and storages.
     """
 
-    # Without torch.compile's guard around each call, which takes a third of it.
+    # Without torch.compile's guard, which takes a third of each call.
     _should_skip_dynamo = classmethod(lambda cls: False)
 
     def __init__(
@@ -108,11 +108,7 @@ class Tracker(TorchDispatchMode):
     def follow(
         self, storage: torch.UntypedStorage, shape: tuple[int, ...], *made: str
     ) -> Allocation:
-        """Follow a storage until it is freed.
-
-        Args:
-            made: in which phase, by which operator, in which module.
-        """
+        """Follow a storage, made in a phase by an operator in a module, to its end."""
         allocation = Allocation(round_to_block(storage.nbytes()), shape, *made)
         for observer in self.observers:
             observer.allocating(allocation)

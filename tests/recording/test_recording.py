@@ -283,3 +283,11 @@ def test_plans_are_read_off_numbers():
     first, second = named("1-3 5, 2")
     assert first == Plan((("layer1", "layer2", "layer3"), ("layer5",)))
     assert second == Plan((("layer2",),))
+
+
+def test_a_card_that_is_not_there_is_not_recorded(tmp_path, monkeypatch):
+    blank = dataclasses.replace(read(FIXTURE), gpu="Tesla T4 (nocard)", groups=())
+    monkeypatch.setattr("helpers.recording.record.this_machine", lambda: blank)
+    with pytest.raises(SystemExit, match="computes nothing"):
+        run(tmp_path)
+    assert not list(tmp_path.iterdir())
