@@ -286,8 +286,7 @@ def test_plans_are_read_off_numbers():
 
 
 def test_a_card_that_is_not_there_is_not_recorded(tmp_path, monkeypatch):
-    blank = dataclasses.replace(read(FIXTURE), gpu="Tesla T4 (nocard)", groups=())
-    monkeypatch.setattr("helpers.recording.record.this_machine", lambda: blank)
+    monkeypatch.setattr(recorder, "this_machine", lambda: blank(gpu="T4 (nocard)"))
     with pytest.raises(SystemExit, match="computes nothing"):
-        run(tmp_path)
+        recorder.run(tmp_path)
     assert not list(tmp_path.iterdir())
