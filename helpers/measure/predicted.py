@@ -12,7 +12,7 @@ from torch import nn
 
 from helpers.allocator import Gpu, this_gpu
 from helpers.checkpointing import Plan, checkpointed
-from helpers.dry_run import GivenOptimizer, as_on
+from helpers.dry_run import GivenOptimizer, Imagined, as_on
 from helpers.measure.report import StepReport
 from helpers.measure.step import Loss, Step, training_step
 from helpers.timeline import Timeline
@@ -55,11 +55,19 @@ def predict(
         made = imagined.optimizer(optimizer, model)
         run = training_step(model, batch, loss, made, autocast, step)
         with checkpointed(model, plan, **checkpoint_options):
-            timeline = first = imagined.record(run, model, batch, made)
-            if made or step or _leaves(timeline):  # the first makes what stays
-                timeline = imagined.record(run, model, batch, made)
-        told = plan, imagined.device, "predicted", imagined.unknown(timeline)
-        return report_of(timeline, *told, first)
+            first, timeline = _recorded(imagined, run, model, batch, made, step)
+        unknown = imagined.unknown(timeline)
+    return report_of(timeline, plan, imagined.device, "predicted", unknown, first)
+
+
+def _recorded(
+    imagined: Imagined, run: Callable, model: nn.Module, batch, made, step
+) -> tuple[Timeline, Timeline]:
+    """Record the first step, and one that is like all that follow."""
+    first = imagined.record(run, model, batch, made)
+    if made or step or _leaves(first):
+        return first, imagined.record(run, model, batch, made)
+    return first, first
 
 
 def _leaves(timeline: Timeline) -> bool:
