@@ -44,7 +44,7 @@ $(CUDA_VENV)/.installed: requirements.lock
 	$(PYTHON) -m venv $(CUDA_VENV)
 	mkdir -p $(CUDA_VENV)/none
 	PIP_FIND_LINKS=$(CURDIR)/$(CUDA_VENV)/none $(CUDA_VENV)/bin/pip install \
-	  -c requirements.lock torch numpy pandas tqdm pytest transformers \
+	  -c requirements.lock torch torchvision timm numpy pandas tqdm pytest transformers \
 	  'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-cccl==13.0.*'
 	touch $@
 

@@ -24,6 +24,15 @@ class _OnHost(NamedTuple):
     device: torch.device
 
 
+class _Count:
+    """A number that stays when what a model holds is put back after a step."""
+
+    __slots__ = ("n_bytes",)
+
+    def __init__(self) -> None:
+        self.n_bytes = 0
+
+
 class Offloaded(nn.Module):
     """A model of which all that autograd saves waits for backward on the host.
 
@@ -38,18 +47,23 @@ class Offloaded(nn.Module):
     def __init__(self, model: nn.Module, *, parameters: bool = True) -> None:
         super().__init__()
         self.model, self.parameters_too = model, parameters
-        self.moved_bytes = 0
+        self._count = _Count()
+
+    @property
+    def moved_bytes(self) -> int:
+        """Tell how many bytes went to the host in the last forward."""
+        return self._count.n_bytes
 
     def forward(self, *args, **kwargs) -> object:
         """Run the model with its saved tensors on the host."""
-        self.moved_bytes = 0
+        self._count.n_bytes = 0
         stay = () if self.parameters_too else self.model.parameters()
         staying = {parameter.untyped_storage()._cdata for parameter in stay}
 
         def pack(tensor: torch.Tensor) -> object:
             if tensor.untyped_storage()._cdata in staying:
                 return tensor
-            self.moved_bytes += tensor.nbytes
+            self._count.n_bytes += tensor.nbytes
             return _to_host(tensor)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, _to_device):

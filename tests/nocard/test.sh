@@ -4,6 +4,8 @@
 cd "$(dirname "$0")/../.."
 python=$1/bin/python
 tests="-p no:cacheprovider tests/test_cuda.py tests/allocator tests/nocard"
+pictures=tests/cases/test_pictures.py  # torchvision loads beside this build alone
+$python -m pytest -p no:cacheprovider $pictures || exit 1
 if $python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   exec $python -m pytest $tests
 fi
