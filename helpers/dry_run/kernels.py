@@ -25,7 +25,11 @@ met: ContextVar[set[str]] = ContextVar("met")
 # Operators that a library runs, in a workspace of its own choice.
 _CUDNN = {"convolution": "convolution", "lstm": "LSTM", "gru": "GRU"}
 _CUDNN |= {"rnn_tanh": "RNN", "rnn_relu": "RNN"}
-_LIBRARIES = {"cuda": _CUDNN, "cpu": {"mkldnn_rnn_layer": "LSTM"}}
+_PACKED = {"_pack_padded_sequence": "packed sequences"}
+_LIBRARIES = {
+    "cuda": _CUDNN | _PACKED,
+    "cpu": {"mkldnn_rnn_layer": "LSTM"} | _PACKED,
+}
 _making = threading.RLock()
 _alive: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()
 _aten = torch.ops.aten
