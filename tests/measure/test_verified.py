@@ -87,7 +87,7 @@ def writers() -> list[nn.Module]:
         {"use_reentrant": True},
         {"early_stop": False},
     ],
-    ids=str,
+    ids=lambda settings: " ".join(settings) or "plain",
 )
 def test_a_sound_plan_changes_no_bit(settings):
     model = MLP([8, 8, 8, 4], "gelu", dropout=0.3)
