@@ -57,7 +57,7 @@ def predict(
         with checkpointed(model, plan, **checkpoint_options):
             first, timeline = _recorded(imagined, run, model, batch, made, step)
         unknown = imagined.unknown(timeline)
-    return report_of(timeline, plan, imagined.device, "predicted", unknown, first)
+        return report_of(timeline, plan, imagined.device, "predicted", unknown, first)
 
 
 def _recorded(
