@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 
 import torch
+from torch.utils import _device
 from torch.utils._pytree import tree_leaves
 
 from helpers.checkpointing import PlanFault
@@ -67,7 +68,7 @@ class Installed:
     """
 
     def __init__(self) -> None:
-        torch.utils._device._device_constructors()  # kept by torch: not with ours in it
+        _device._device_constructors()  # kept by torch: not with ours in it
         before = [(owner, name, vars(owner).get(name)) for owner, name, _ in _REPLACED]
         weakref.finalize(self, _put_back, before)
         for owner, name, replacement in _REPLACED:
