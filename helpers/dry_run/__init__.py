@@ -90,6 +90,9 @@ class Imagined:
                 self.copies.keep(model)
             else:
                 model = self.copies.of(model)
+        from helpers.dry_run.put_back import keep_shared  # when there is a step
+
+        keep_shared(self.undo, model)
         return [model, *map(self.copies.of, others)]
 
     def optimizer(
@@ -154,6 +157,7 @@ def as_on(
         undo.callback(random.setstate, random.getstate())
         if numpy := sys.modules.get("numpy"):
             undo.callback(numpy.random.set_state, numpy.random.get_state())
+        undo.enter_context(torch.inference_mode(False))
         undo.enter_context(torch.enable_grad())
         choose_kernels(undo, kind)
         follow_autocast(undo, kind)
@@ -175,12 +179,13 @@ def optimizer_of(
     """
     if given is None:
         return None
-    is_made = isinstance(given, torch.optim.Optimizer)
-    made = given if is_made else given(model.parameters())
+    made = given
+    if callable(given) and not isinstance(given, torch.optim.Optimizer):
+        made = given(model.parameters())
     if not isinstance(made, torch.optim.Optimizer):
         raise ValueError(
             "optimizer is called with the parameters and makes an optimizer, as "
-            f"torch.optim.AdamW does; it made a {type(made).__name__}"
+            f"torch.optim.AdamW does, or is one; not a {type(made).__name__}"
         )
     ours = set(map(id, model.parameters()))
     if any(id(p) not in ours for group in made.param_groups for p in group["params"]):

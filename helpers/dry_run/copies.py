@@ -80,8 +80,8 @@ class Copies:
                 self.of(part)
             elif isinstance(part, torch.Generator):
                 self.memo.setdefault(id(part), part.clone_state())
-            elif not has_parts(part):
-                self.memo[id(part)] = part
+            elif not has_parts(part) and not isinstance(part, types.CellType):
+                self.memo[id(part)] = part  # a cell is its function's affair
         with Undo() as undo:
             undo.enter_context(self.asked)
             made = copy.deepcopy(value, self.memo)

@@ -10,6 +10,7 @@ import types
 from collections.abc import Iterable, Iterator
 
 import torch
+from torch import nn
 
 _LISTS = list, tuple, set, frozenset, collections.deque
 _PLAIN = frozenset((int, float, bool, str, bytes, type, type(None)))
@@ -32,6 +33,35 @@ def parts_of(*values: object) -> list[object]:
             found[id(value)] = value
             left += [part for part in _inside(value) if type(part) not in _PLAIN]
     return [*found.values()]
+
+
+def of_classes(model: nn.Module) -> list[object]:
+    """List the classes of a model's modules that are no package's, and what is in them.
+
+    What their functions find among a module's names is shared by all models.
+    """
+    kinds = {type(module) for module in model.modules()}
+    return [part for kind in kinds for part in _own_of(kind)]
+
+
+def _own_of(kind: type) -> list[object]:
+    own = _own_bases(kind)
+    held = {n: value for base in own for n, value in vars(base).items()}
+    plain = [value for name, value in held.items() if not name.startswith("__")]
+    return [*own, *(getattr(value, "__func__", value) for value in plain)]
+
+
+@functools.cache
+def _own_bases(kind: type) -> list[type]:
+    return [base for base in kind.__mro__ if not is_package(base.__module__)]
+
+
+def is_package(name: str) -> bool:
+    """Say whether a module was installed, or came with Python."""
+    if name.partition(".")[0] in sys.stdlib_module_names - {"__main__"}:
+        return True
+    file = getattr(sys.modules.get(name), "__file__", None) or ""
+    return "site-packages" in file or "dist-packages" in file
 
 
 def has_parts(value: object) -> bool:
@@ -83,6 +113,8 @@ def _inside(value: object) -> Iterable[object]:
         return *given, *named_in(value).values()
     if isinstance(value, types.CellType):
         return contents(value)
+    if isinstance(value, functools._lru_cache_wrapper):
+        return (value.__wrapped__,)
     own = attributes(value)
     return [] if own is None else [own]
 
@@ -99,8 +131,7 @@ def named_in(function: types.FunctionType) -> dict[str, object]:
 
     Functions of other modules are not the step's own.
     """
-    around = function.__globals__
-    names = {name for code in _codes(function) for name in code.co_names}
+    around, names = function.__globals__, _names(function.__code__)
     return {
         name: around[name]
         for name in names & around.keys()
@@ -110,15 +141,24 @@ def named_in(function: types.FunctionType) -> dict[str, object]:
 
 def written_in(function: types.FunctionType) -> dict[str, object]:
     """Find what a function sets among its module's names."""
-    steps = [step for code in _codes(function) for step in dis.get_instructions(code)]
-    names = {step.argval for step in steps if step.opname == "STORE_GLOBAL"}
-    around = function.__globals__
+    around, names = function.__globals__, _written_names(function.__code__)
     return {name: around[name] for name in names & around.keys()}
 
 
-def _codes(function: types.FunctionType) -> Iterator[types.CodeType]:
+@functools.cache
+def _names(code: types.CodeType) -> frozenset[str]:
+    return frozenset(name for one in _codes(code) for name in one.co_names)
+
+
+@functools.cache
+def _written_names(code: types.CodeType) -> frozenset[str]:
+    steps = [step for one in _codes(code) for step in dis.get_instructions(one)]
+    return frozenset(s.argval for s in steps if s.opname == "STORE_GLOBAL")
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
     """Yield a function's code, and that of functions that it makes."""
-    left = [function.__code__]
+    left = [code]
     while left:
         code = left.pop()
         left += [one for one in code.co_consts if isinstance(one, types.CodeType)]

@@ -5,7 +5,6 @@ then changed twice, what it reads may have changed meanwhile, and numbers that `
 does not draw are drawn anew.
 """
 
-import contextlib
 import random
 import sys
 from collections import OrderedDict
@@ -16,8 +15,6 @@ from typing import Literal
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-
-from helpers.checkpointing import Undo
 
 Effect = Literal["gradients", "state", "error", ""]
 _WORSE = ["", "state", "error", "gradients"]
@@ -202,14 +199,3 @@ def random_states() -> tuple:
         return (random.getstate(),)
     kind, keys, *rest = numpy.random.get_state()
     return random.getstate(), (kind, keys.tobytes(), *rest)
-
-
-@contextlib.contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Put the generators of Python and NumPy back at a block's end."""
-    python, numpy = random.getstate(), sys.modules.get("numpy")
-    with Undo() as undo:
-        undo.callback(random.setstate, python)
-        if numpy:
-            undo.callback(numpy.random.set_state, numpy.random.get_state())
-        yield

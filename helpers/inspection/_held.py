@@ -8,6 +8,8 @@ import types
 import torch
 from torch import nn
 
+from helpers.dry_run.put_back import refill
+
 _WHOLE = (torch.Tensor, nn.Module, types.ModuleType, str, int, float, torch.Generator)
 
 
@@ -39,10 +41,4 @@ def copies_in(value: object, deep: int = 7) -> list[tuple]:
 def put_back(copies: list[tuple]) -> None:
     """Put back those that have changed."""
     for value, before in copies:
-        if list(map(id, _flat(value))) != list(map(id, _flat(before))):
-            value.clear()
-            (value.extend if isinstance(value, list) else value.update)(before)
-
-
-def _flat(value: list | dict) -> list:
-    return [*value, *value.values()] if isinstance(value, dict) else value
+        refill(value, before)

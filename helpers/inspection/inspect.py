@@ -13,7 +13,7 @@ from helpers.checkpointing import Plan
 from helpers.dry_run import GivenOptimizer, as_on
 from helpers.inspection._again import hazards_in
 from helpers.inspection._calls import Calls
-from helpers.inspection._hazards import Hazard, random_states_kept
+from helpers.inspection._hazards import Hazard
 from helpers.inspection.tree import Inspection, Layer
 from helpers.measure import Loss, Step, StepReport, report_of, training_step
 from helpers.timeline import Timeline
@@ -28,6 +28,7 @@ def inspect_model(
     autocast: torch.dtype | None = None,
     step: Step | None = None,
     device: str = "cuda",
+    gpu: str | None = None,
 ) -> Inspection:
     """Run one step on meta tensors, and tell what is inside the model.
 
@@ -38,14 +39,13 @@ def inspect_model(
     layer1  Sequential   64.0 MiB   17.2 GFLOP
     layer2  Linear      320.0 KiB  167.8 MFLOP
 
-    The arguments are those of ``predict``. The model is left as it is, Python's and
-    NumPy's random numbers too.
+    The arguments are those of ``predict``. The model is left as it is.
 
     Raises:
         ValueError: if the model has no parameters, fails, looks at values, or returns
             nothing that requires a gradient; names the module.
     """
-    with as_on(device, autocast) as imagined, random_states_kept():
+    with as_on(device, autocast, gpu) as imagined:
         given = model_or_factory, batch, loss, step
         model, batch, loss, step = imagined.stand_ins(*given)
         _check_trains(model)

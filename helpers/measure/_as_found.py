@@ -1,10 +1,6 @@
 """Training steps are run for good; then all that they may have changed is put back."""
 
 import contextlib
-import random
-import sys
-import types
-from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -12,7 +8,8 @@ import torch
 from torch import nn
 
 from helpers.checkpointing import Undo
-from helpers.dry_run.parts import contents, has_parts, parts_of, written_in
+from helpers.dry_run.parts import of_classes, parts_of
+from helpers.dry_run.put_back import put_back, ways_back
 from helpers.measure._cpu_limit import uncounted
 from helpers.timeline import local, tensors_in
 
@@ -33,82 +30,13 @@ def left_as_found(model: nn.Module, trains: bool, *others: object) -> Iterator[N
     if not trains:
         unchanged += parameters
     with Undo() as undo:
-        parts = parts_of(model, *others)
-        backs = [back for part in parts if (back := _back(part))]
-        backs += _saved(parts, set(map(id, unchanged)))
+        parts = parts_of(model, *of_classes(model), *others)
+        ways = ways_back(parts) + _saved(parts, set(map(id, unchanged)))
         for _ in range(2):  # an interrupt may end the first
-            undo.callback(_put_back, backs)
+            undo.callback(uncounted()(put_back), ways)
         for parameter in parameters:
             parameter.grad = None
         yield
-
-
-@uncounted()
-def _put_back(backs: list[Callable]) -> None:
-    for back in backs:
-        back()
-
-
-def _back(part: object) -> Callable | None:
-    """Tell how to put a thing back, but for the numbers in a tensor."""
-    numpy = sys.modules.get("numpy")
-    if isinstance(part, torch.Tensor):
-        return _tensor_back(part)
-    if isinstance(part, dict | set):
-        return partial(_refill, part, part.update, part.copy())
-    if isinstance(part, list | deque):
-        return partial(_refill, part, part.extend, part.copy())
-    if isinstance(part, types.CellType):
-        return partial(_fill, part, contents(part))
-    if isinstance(part, types.FunctionType) and has_parts(part):
-        return partial(part.__globals__.update, written_in(part))
-    if isinstance(part, torch.Generator):
-        return partial(part.set_state, part.get_state())
-    if isinstance(part, random.Random):
-        return partial(part.setstate, part.getstate())
-    if numpy and isinstance(part, numpy.random.Generator):
-        own = part.bit_generator
-        return partial(setattr, own, "state", own.state)
-    if numpy and isinstance(part, numpy.ndarray) and part.flags.writeable:
-        return partial(part.__setitem__, ..., part.copy())
-    return None
-
-
-def _refill(part: object, fill: Callable, before: object) -> None:
-    """Fill a dict, a set, a list or a deque again, unless it holds the same things."""
-    if _held(part) != _held(before):
-        part.clear()
-        fill(before)
-
-
-def _fill(cell: types.CellType, before: list) -> None:
-    for value in before:
-        cell.cell_contents = value
-
-
-def _held(part: object) -> list[int]:
-    values = part.values() if isinstance(part, dict) else ()
-    return [*map(id, part), *map(id, values)]
-
-
-def _tensor_back(tensor: torch.Tensor) -> Callable | None:
-    """Tell how a leaf is given its storage again, its gradient, and its place in
-    autograd.
-    """
-    data, grad, requires_grad = tensor.detach(), None, tensor.requires_grad
-
-    def back() -> None:
-        if not tensor.is_leaf:
-            tensor.detach_()
-        is_plain = tensor.layout is torch.strided and local(tensor) is tensor
-        if is_plain and not tensor.is_set_to(data):
-            tensor.data = data
-        tensor.requires_grad_(requires_grad).grad = grad
-
-    if not tensor.is_leaf:
-        return None
-    grad = tensor.grad
-    return back
 
 
 @uncounted()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from helpers.checkpointing import Plan
-from helpers.measure import measure, predict
+from helpers.measure import measure, training_step
 from helpers.models.architectures import UNet
 from helpers.planner import InfeasibleBudget, Planner
 from helpers.units import format_bytes
@@ -24,7 +24,8 @@ def called(model: nn.Module, batch: object) -> list[str]:
         module.register_forward_pre_hook(lambda *_, name=name: found.add(name))
         for name, module in model.named_modules()
     ]
-    predict(model, batch, device="cpu")
+    training_step(model, batch)()  # a real one, as a dry run notes nothing here
+    model.zero_grad()
     for hook in hooks:
         hook.remove()
     return [name for name, _ in model.named_modules() if name in found - {""}]
