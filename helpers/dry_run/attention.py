@@ -22,8 +22,8 @@ def scaled_dot_product_attention(
     """
     arguments = (query, key, value, attn_mask, dropout_p, is_causal)
     composite = _aten.scaled_dot_product_attention.default
-    kernel = _fused_kernel(*arguments)
-    if kernel is None or options.get("enable_gqa"):
+    kernel = _fused_kernel(*arguments, options.get("enable_gqa", False))
+    if kernel is None:
         return composite.decompose(*arguments, **options)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = _as_numbers(attn_mask, query.dtype)
@@ -39,7 +39,7 @@ def _as_numbers(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _fused_kernel(
-    query, key, value, attn_mask, dropout_p, is_causal
+    query, key, value, attn_mask, dropout_p, is_causal, may_group
 ) -> Callable[..., torch.Tensor] | None:
     """Choose a fused kernel; None where only the plain products will do.
 
@@ -52,8 +52,11 @@ def _fused_kernel(
     if plain or any(tensor.stride(-1) != 1 for tensor in (query, key, value)):
         return None
     switches = torch.backends.cuda  # which a CPU obeys, too
+    is_grouped = may_group and query.shape[1] != key.shape[1]
     if imagined_device.get() == "cpu":
-        dense = query.shape[:2] == key.shape[:2] == value.shape[:2]
+        alike = slice(1 if is_grouped else 2)
+        dense = query.shape[alike] == key.shape[alike]
+        dense = dense and key.shape[:2] == value.shape[:2]
         fits = dense and len(heads) == 1 and dropout_p == 0
         fits = fits and _mask_fits(attn_mask, query, key)
         return _cpu_flash if fits and switches.flash_sdp_enabled() else None
@@ -66,7 +69,7 @@ def _fused_kernel(
     multiple = 8 if is_half else 4 if recent else 1
     aligned = all(size % multiple == 0 for size in heads)
     known = (*_HALVES, torch.float32) if recent else (torch.float16, torch.float32)
-    fits = aligned and query.dtype in known
+    fits = aligned and query.dtype in known and not is_grouped
     return _efficient if fits and switches.mem_efficient_sdp_enabled() else None
 
 

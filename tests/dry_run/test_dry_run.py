@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.dry_run import as_on, meta_batch, meta_model
 from helpers.dry_run.meta import RememberedShapes
+from helpers.measure import measure, predict
 from helpers.models import MLP
 from tests.oracles import profiled_bytes
 
@@ -346,3 +347,43 @@ def test_fused_steps_make_nothing_and_need_no_kernel():
             model(meta(2, 4)).sum().backward()
             made.step()
         model.zero_grad()
+
+
+class Grouped(nn.Module):
+    """Attends with fewer heads of keys than of queries."""
+
+    def __init__(self, heads: int, masked: bool, is_causal: bool) -> None:
+        super().__init__()
+        self.heads, self.masked, self.is_causal = heads, masked, is_causal
+        self.query, self.both = nn.Linear(32, 32), nn.Linear(32, 16 * heads)
+
+    def forward(self, x):
+        rows, length, _ = x.shape
+        query = self.query(x).view(rows, length, 4, 8).transpose(1, 2)
+        both = self.both(x).view(rows, length, 2 * self.heads, 8).transpose(1, 2)
+        mask = None
+        if self.masked:
+            shape = rows, 1, length, length
+            mask = torch.ones(shape, dtype=torch.bool, device=x.device)
+        key, value = both.chunk(2, 1)
+        how = {"attn_mask": mask, "is_causal": self.is_causal, "enable_gqa": True}
+        attended = nn.functional.scaled_dot_product_attention(query, key, value, **how)
+        return attended.transpose(1, 2).reshape(rows, length, 32)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("masked", "is_causal"), [(False, False), (False, True), (True, False)]
+)
+@pytest.mark.parametrize("heads", [4, 2, 1])
+def test_attention_in_groups(heads, masked, is_causal, autocast):
+    model, x = Grouped(heads, masked, is_causal), torch.randn(2, 16, 32)
+    predicted = predict(model, x, device="cpu", autocast=autocast)
+    measured = measure(model, x, repeats=0, autocast=autocast)
+    assert predicted.peak_bytes == measured.peak_bytes
+    # As PyTorch's CUDA build chooses on an A100.
+    events = predict(model, x, autocast=autocast, gpu="A100").timeline.events
+    flash = any("flash" in event.allocation.op for event in events)
+    efficient = any("efficient" in event.allocation.op for event in events)
+    assert flash == (autocast is not None and not masked)
+    assert efficient == (not flash and heads == 4)
