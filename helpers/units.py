@@ -37,7 +37,7 @@ def parse_bytes(value: int | str) -> int:
     """
     n_bytes: float | None = None
     if isinstance(value, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]+)\s*", value)
+        found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?|\.\d+)\s*([A-Za-z]+)\s*", value)
         if found and found[2].upper() in _UNITS:
             n_bytes = int(float(found[1]) * _UNITS[found[2].upper()])
     elif isinstance(value, float) and value.is_integer():

@@ -36,7 +36,7 @@ STARRED = """units models/mlp checkpointing/plan checkpointing/apply
   timeline/record dry_run/__init__ measure/step measure/predicted
   controls/state""".split()
 STARRED_LINES = 250  # files to learn from, which the notebooks link
-CLOSURE_FILES, CLOSURE_LINES = 13, 2_610
+CLOSURE_FILES, CLOSURE_LINES = 13, 2_625
 NOT_IN_CLOSURE = "controls", "plots", "recording", "_cpu_limit"
 
 Place = tuple[str, ...]  # a path, or a dotted name, below helpers
@@ -197,7 +197,7 @@ SPOILED = [
     ("the_house_is_small", {f"measure/_{i}.py": LONG for i in range(60)}),
     ("the_house_is_small", {f"{i}.md": "" for i in range(17)}),
     ("predict_is_small", {"units.py": "import helpers.plots"}),
-    ("predict_is_small", {"units.py": "a = 1\n" * 2_609}),
+    ("predict_is_small", {"units.py": "a = 1\n" * 2_624}),
     (
         "predict_is_small",
         {f"measure/_{i}.py": "" for i in range(12)}

@@ -30,6 +30,6 @@ def named(name: str) -> Gpu:
         ValueError: lists the names.
     """
     for known, gpu in CARDS.items():
-        if known.replace(" ", "").lower() == name.replace(" ", "").lower():
+        if known.replace(" ", "").lower() == str(name).replace(" ", "").lower():
             return gpu
     raise ValueError(f"gpu is one of {', '.join(CARDS)}, or None, not {name!r}")

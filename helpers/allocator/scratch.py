@@ -56,7 +56,7 @@ def on_gpu(gpu: Gpu | str | None) -> Iterator[None]:
     Raises:
         ValueError: for a name that is none of ``helpers.allocator.cards``.
     """
-    if isinstance(gpu, str):
+    if gpu is not None and not isinstance(gpu, Gpu):
         from helpers.allocator.cards import named
 
         gpu = named(gpu)

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from helpers import checkpointing
 from helpers.checkpointing.plan import (
@@ -112,6 +113,8 @@ def refuse_opaque(model: nn.Module, has_data: bool = False) -> None:
         if "_orig_mod" in module._modules or module._compiled_call_impl:
             why = "is compiled, and would run uncompiled while it is watched: give the "
             why += "model before that, here or to helpers.compiled"
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+            why = "has no parameters yet: run one forward first"
         if why:
             raise PlanFault(f"{repr(name) if name else 'the model'} {why}")
 

@@ -77,6 +77,11 @@ def stand_in(tensor: torch.Tensor) -> torch.Tensor:
             "a sparse tensor takes as many bytes as it has numbers, which a prediction "
             "does not know; measure it"
         )
+    if tensor.is_inference() and not tensor.is_meta:
+        raise ValueError(
+            "a tensor that was made in torch.inference_mode cannot be saved for "
+            "backward; make it outside"
+        )
     empty = torch.empty_like(tensor, device="meta", requires_grad=False)
     if not (tensor.is_meta or tensor.is_floating_point() or tensor.is_complex()):
         empty.untyped_storage().value = tensor  # which values.py knows

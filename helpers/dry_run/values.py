@@ -66,13 +66,8 @@ class Value:
             self.storage()
 
     @classmethod
-    def of(cls, real: Tensor, shared: bool = False) -> "Value":
-        """Make the value that a real tensor has.
-
-        Args:
-            shared: whether it is the tensor's own storage, which may change: what is
-                computed of it is computed at once.
-        """
+    def of(cls, real: Tensor) -> "Value":
+        """Make the value that a real tensor has."""
         value = cls(None, None, real)
         value.real = _laid_out(real, *value.like)
         return value

@@ -18,6 +18,8 @@ from helpers.measure._cpu_limit import limit_in_force, uncounted, way_out
 from helpers.timeline import tensors_in
 from helpers.units import format_bytes, round_to_block
 
+NO_DATA = "what is on the meta device has no data to run; predict it"
+
 
 def usable_device(model: nn.Module, device: str | None) -> str:
     """Resolve the device to run on, or say what is missing."""
@@ -37,7 +39,8 @@ def usable_device(model: nn.Module, device: str | None) -> str:
             "device='cpu', or predict(..., device='cuda') the bytes of a CUDA step"
         )
     if device not in ("cpu", "cuda"):
-        raise ValueError(f"measure runs on 'cpu' or 'cuda', not on {device!r}")
+        more = f": {NO_DATA}" if device == "meta" else ""
+        raise ValueError(f"measure runs on 'cpu' or 'cuda', not on {device!r}{more}")
     return device
 
 
@@ -53,6 +56,8 @@ def placed(model: nn.Module, device: str, batch: object, *others: object) -> lis
     """
 
     def moved(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_meta:
+            raise ValueError(NO_DATA)
         data = tensor.detach().to(device)
         dense = data.layout is torch.strided
         if dense and data.untyped_storage().nbytes() != data.numel() * data.itemsize:

@@ -220,9 +220,10 @@ class Run:
     @contextlib.contextmanager
     def applied(self, plan: Plan) -> Iterator[None]:
         """Apply a plan for one step, which belongs to nobody else."""
-        with uncounted(), random_numbers_kept(), torch.enable_grad():
+        with uncounted(), random_numbers_kept(), torch.inference_mode(False):
             with checkpointed(self.model, plan, **self.setting.checkpoint):
-                yield
+                with torch.enable_grad():
+                    yield
 
     def bytes_of(self, plan: Plan) -> Generator[None, None, StepReport]:
         """Count a step's bytes, after steps that warm up."""

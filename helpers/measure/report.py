@@ -54,9 +54,7 @@ class StepReport:
     repeats: int = 0  # how many runs the median is of
     # Of the device's allocator; on a CPU, the first is peak_bytes and the others are 0.
     allocator_peak_bytes: int = _Counted()  # most that blocks and kernels' scratch take
-    padding_bytes: int = (
-        0  # measured: how much larger blocks are than what is asked for
-    )
+    padding_bytes: int = 0  # measured: by how much blocks are larger than asked for
     workspace_bytes: int = _Counted()  # cuBLAS's own, in neither peak
     reserved_peak_bytes: int = _Counted()  # most that it took from the GPU, for all
     unknown: tuple[str, ...] = ()  # operators whose memory is a library's own choice

@@ -44,6 +44,12 @@ def training_step(
         raise ValueError(
             f"autocast is torch.bfloat16, torch.float16 or None, not {autocast!r}"
         )
+    if not (loss is None or callable(loss)) or isinstance(loss, type):
+        raise ValueError(f"loss is called with the output, and {loss!r} is no function")
+    if getattr(type(model), "forward", None) is nn.Module.forward:
+        raise ValueError(
+            f"a {type(model).__name__} has no forward; give a step that calls its parts"
+        )
     loss = loss or (_cross_entropy if targets else _total)
     return _usual_step(model, x, targets, loss, optimizer, autocast)
 
@@ -85,9 +91,9 @@ def _parts(batch: object) -> tuple[object, tuple]:
     if isinstance(batch, tuple | list) and len(batch) == 2 and batch[1] is not None:
         x, target = batch
         return dict(x) if isinstance(x, Mapping) else x, (target,)
-    held = f"({', '.join(type(part).__name__ for part in batch)})" * bool(
-        isinstance(batch, tuple | list)
-    )
+    held = ""
+    if isinstance(batch, tuple | list):
+        held = f"({', '.join(type(part).__name__ for part in batch)})"
     raise ValueError(
         "a batch is a tensor x, a dict of the model's arguments, or a pair (x, target) "
         f"or (dict, target), not {held or type(batch).__name__}; give "

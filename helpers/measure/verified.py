@@ -5,7 +5,7 @@ changes twice, and what it reads may be another by the time of backward; nothing
 ``torch.utils.checkpoint`` notices either.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from helpers.measure.device import free_memory, too_large, usable_device
 from helpers.measure.faults import NO_BACKWARD, Misfit, is_out_of_memory
 from helpers.measure.measured import Run, Setting
 from helpers.measure.step import Loss, Step
-from helpers.timeline import local
+from helpers.timeline import local, tensors_in
 
 Tensors = dict[str, torch.Tensor]
 ROOM = 4  # how many times its own spread a step may differ that never equals itself
@@ -134,10 +134,10 @@ def _outcome(
     with setting.placed(model, batch, device) as (model, batch, there):
         run, gradients = Run(model, batch, device, there), {}
         with Undo() as undo:
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
+            for name, leaf in (*model.named_parameters(), *_inputs(batch)):
+                if leaf.requires_grad:
                     note = _noting(gradients, name)
-                    undo.callback(parameter.register_hook(note).remove)
+                    undo.callback(leaf.register_hook(note).remove)
             with run.applied(plan):
                 run.step()
         for name, parameter in model.named_parameters():
@@ -146,6 +146,12 @@ def _outcome(
         if not gradients:
             raise Misfit(NO_BACKWARD)
         return gradients, _state(model)
+
+
+def _inputs(batch: object) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name the tensors of a batch, which may be what is trained."""
+    for place, tensor in enumerate(tensors_in(batch)):
+        yield f"batch[{place}]", tensor
 
 
 def _noting(gradients: Tensors, name: str):
@@ -165,7 +171,7 @@ def _state(model: nn.Module) -> Tensors:
     held = {
         f"{owner}.{name}".lstrip("."): value
         for owner, module in model.named_modules()
-        for name, value in (vars(module) | module._buffers).items()
+        for name, value in {**vars(module), **module._buffers}.items()
         if isinstance(value, torch.Tensor) and value.layout is torch.strided
     }
     return {name: value.detach().to("cpu", copy=True) for name, value in held.items()}

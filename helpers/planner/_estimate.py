@@ -153,7 +153,7 @@ class Estimate:
         self.held_made_in = on_cpu(self.made_in[it] for it in held)
         savers = [it for it in self.watched.saved if it.made in place_of]
         self.saver_of = on_cpu(place_of[it.made] for it in savers)
-        self.saver_call = on_cpu(it.call % len(self.covers[0]) for it in savers)
+        self.saver_call = on_cpu(it.call % self.covers.shape[1] for it in savers)
         self.released = on_cpu(it.released for it in savers)
         self.dropped = on_cpu(it.dropped for it in savers)
         given = [

@@ -14,7 +14,8 @@ from helpers.planner._lifetimes import Lifetimes, watch_lifetimes
 from helpers.timeline import Tracker, state_tensors, tensors_in
 
 STEP = {"loss": None, "optimizer": None, "autocast": None, "step": None}
-STEP |= {"device": "cuda"}  # what a step is made of; the rest is for checkpoints
+# What a step is made of, and where it runs; the rest is for checkpoints.
+STEP |= {"device": "cuda", "gpu": None}
 
 
 class Judge:
@@ -64,12 +65,8 @@ class Judge:
                 with contextlib.suppress(ValueError):
                     with checkpointed(model, plan, **options):
                         timeline = imagined.record(step, model, batch, made)
-                    said = (
-                        plan,
-                        imagined.device,
-                        "predicted",
-                        imagined.unknown(timeline),
-                    )
+                    unknown = imagined.unknown(timeline)
+                    said = plan, imagined.device, "predicted", unknown
                     self.all[plan] = report_of(timeline, *said)
 
     def is_wrong(self, plan: Plan) -> bool:
@@ -102,8 +99,8 @@ def steps_of(
 
     Yields the imagined device, a step, and the model, batch and optimizer in it.
     """
-    loss, optimizer, autocast, own, device = of_step.values()
-    with as_on(device, autocast) as imagined:
+    loss, optimizer, autocast, own, device, gpu = of_step.values()
+    with as_on(device, autocast, gpu) as imagined:
         model, batch, loss, own = imagined.stand_ins(model, batch, loss, own)
         made = imagined.optimizer(optimizer, model)
         step = training_step(model, batch, loss, made, autocast, own)

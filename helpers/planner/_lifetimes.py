@@ -6,7 +6,6 @@ notes beside it say who would have held it longer: which nodes, inside which cal
 modules, and until when. From these follows what any plan would do, without running it.
 """
 
-import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from helpers.checkpointing import segments_of
+from helpers.checkpointing import Undo, segments_of
 from helpers.timeline import Allocation, Tracker, counting, tensors_in
 from helpers.timeline.feeds import Feeds, hooked
 
@@ -65,13 +64,12 @@ def watch_lifetimes(
     names = [name for name, _ in model.named_modules()]
     feeds, watcher = Feeds(model, names), _Watcher(tracker)
     hooks = torch.autograd.graph.saved_tensors_hooks(watcher.pack, watcher.unpack)
-    with (
-        feeds.watching(),
-        hooked(model, names, watcher.enter, watcher.leave),
-        torch.autograd.set_multithreading_enabled(False),
-        tracker.watching(),
-        hooks,
-    ):
+    with Undo() as undo:
+        undo.enter_context(feeds.watching())
+        undo.enter_context(hooked(model, names, watcher.enter, watcher.leave))
+        undo.enter_context(torch.autograd.set_multithreading_enabled(False))
+        undo.enter_context(tracker.watching())
+        undo.enter_context(hooks)
         step()
     watcher.close()
     before_bytes = sum(it.bytes for it in tracker.before if it.phase != STAND_IN)
@@ -145,7 +143,8 @@ class _Watcher:
         if held.tensor is not None:
             return held.tensor
         shape, stride, dtype = held.like
-        with _not_counted():
+        with Undo() as undo:
+            undo.callback(counting.reset, counting.set(()))
             tensor = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
         if tensor.untyped_storage().nbytes():
             made = self.tracker.follow(
@@ -166,15 +165,6 @@ class _Watcher:
     def _release(self, note: Saved) -> None:
         note.released = len(self.log)
         self._mark()
-
-
-@contextlib.contextmanager
-def _not_counted() -> Iterator[None]:
-    token = counting.set(())
-    try:
-        yield
-    finally:
-        counting.reset(token)
 
 
 def _in_backward() -> bool:

@@ -93,7 +93,7 @@ def _passes(
 ) -> list[tuple[dict[tuple[str, bool], float], float]]:
     """Take median times of modules, (name, whether run again), and of whole steps."""
     device = usable_device(model, of_step["device"])
-    setting = Setting.of(**of_step)
+    setting = Setting.of(**{n: one for n, one in of_step.items() if n != "gpu"})
     with setting.placed(model, batch, device) as (model, batch, setting):
         run = Run(model, batch, device, setting)
         return [_medians_ms(run, names, Plan.alone(layer)) for layer in ticked]

@@ -40,12 +40,13 @@ def profile(
     autocast: torch.dtype | None = None,
     step: Step | None = None,
     device: str = "cuda",
+    gpu: str | None = None,
     measured: bool = False,
 ) -> Chain:
     """Find what each layer of a chain needs and costs.
 
     Args:
-        model, batch, loss, optimizer, step, device: as in ``predict``.
+        model, batch, loss, optimizer, step, device, gpu: as in ``predict``.
         autocast: as in ``predict``. It keeps parameters' casts for the whole forward,
             which no stage shows, so that the chain's peaks are estimates.
         parent: the ``nn.Sequential`` or ``nn.ModuleList`` whose children are the
@@ -56,11 +57,11 @@ def profile(
     Raises:
         ValueError: if the model holds no chain, or its layers do not feed each other.
     """
-    given = loss, optimizer, autocast, step, device
+    given = loss, optimizer, autocast, step, device, gpu
     of_step = dict(zip(STEP, given, strict=True))
     if not isinstance(model, nn.Module):
         model = model() if measured else meta_model(model)
-    parent = chain_parent(model) if parent is None else parent
+    parent = chain_parent(model) if parent is None else _listed(model, parent)
     with steps_of(model, batch, of_step) as (imagined, run, meta, fake, made):
         prefix = f"{parent}." * bool(parent)
         names = [prefix + name for name in meta.get_submodule(parent)._modules]
@@ -68,6 +69,18 @@ def profile(
     if not measured:
         return chain
     return in_milliseconds(chain, model, batch, of_step)
+
+
+def _listed(model: nn.Module, parent: str) -> str:
+    """Take the name of a module with layers in it."""
+    modules = dict(model.named_modules())
+    if parent not in modules or not modules[parent]._modules:
+        lists = [repr(name) for name, module in modules.items() if module._modules]
+        raise ValueError(
+            f"parent is the name of a module with layers in it, not {parent!r}; "
+            f"there are: {', '.join(lists) or 'none'}"
+        )
+    return parent
 
 
 def _dry_runs(

@@ -58,7 +58,7 @@ def plan_for(
         budget: bytes, or "8 GiB", "512 MiB", "1.5 GB".
         parent: plan for the children of this Sequential or ModuleList alone.
         measured: least time, as measured on the device, instead of fewest FLOPs.
-        settings: of ``predict``: loss, optimizer, autocast, step, device.
+        settings: of ``predict``: loss, optimizer, autocast, step, device, gpu.
 
     Raises:
         InfeasibleBudget: if no plan fits; says the least that one needs, and what else
@@ -85,6 +85,8 @@ def front_for(
             one without checkpointing; default: all that the search has found.
         model, batch, options: as in ``plan_for``.
     """
+    if points is not None and (not isinstance(points, int) or points < 1):
+        raise ValueError(f"points is a whole number from 1 up, not {points!r}")
     return Planner(model, batch, **options).front(points)
 
 

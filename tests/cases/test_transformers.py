@@ -40,11 +40,20 @@ def words(rows: int = 2, length: int = 24) -> dict[str, torch.Tensor]:
 
 
 def with_labels(rows: int = 2, length: int = 24) -> dict[str, torch.Tensor]:
-    return words() | {"labels": torch.randint(3, WORDS, (rows, length))}
+    batch, labels = words(), torch.randint(3, WORDS, (rows, length))
+    if length == 24:
+        labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
+    return batch | {"labels": labels}
 
 
 def pictures() -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(2, 3, 32, 32)}
+
+
+def sounds() -> dict[str, torch.Tensor]:
+    mask = torch.ones(2, 100, dtype=torch.long)
+    features = {"input_features": torch.randn(2, 16, 100), "attention_mask": mask}
+    return features | {"labels": torch.randint(3, WORDS, (2, 12))}
 
 
 CLASSES = {"labels": torch.tensor([0, 1])}
@@ -54,6 +63,7 @@ MODELS = {
     "GPT2LMHeadModel": (GPT2 | {"use_cache": False}, with_labels),
     "LlamaForCausalLM": (CAUSAL, with_labels),
     "MixtralForCausalLM": (CAUSAL | {"num_local_experts": 4}, with_labels),
+    "MistralForCausalLM": (CAUSAL | {"sliding_window": 4}, with_labels),
     "T5ForConditionalGeneration": (
         T5 | {"num_layers": 2, "decoder_start_token_id": 0, "use_cache": False},
         lambda: with_labels(2, 10),
@@ -64,16 +74,12 @@ MODELS = {
     ),
     "WhisperForConditionalGeneration": (
         BOTH | WHISPER | {"use_cache": False},
-        lambda: {"input_features": torch.randn(2, 16, 100), **labels(12)},
+        sounds,
     ),
     "ViTForImageClassification": (VISION, lambda: pictures() | CLASSES),
     "DistilBertForSequenceClassification": (DISTIL, lambda: words() | CLASSES),
     "CLIPModel": (CLIP, lambda: words(2, 16) | pictures() | {"return_loss": True}),
 }
-
-
-def labels(length: int) -> dict[str, torch.Tensor]:
-    return {"labels": torch.randint(3, WORDS, (2, length))}
 
 
 def made(name: str, attention: str = "sdpa") -> tuple[torch.nn.Module, dict]:
@@ -118,6 +124,16 @@ def test_a_budget_is_kept_and_the_printed_code_runs(name):
         one(**batch).loss.backward()
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert a.grad is b.grad or torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", [n for n in MODELS if "use_cache" in MODELS[n][0]])
+def test_a_step_with_a_cache_is_predicted_too(name, attention):
+    model, batch = made(name, attention)
+    model.config.use_cache = True
+    dry = predict(model, batch, device="cpu")
+    assert dry.peak_bytes == measure(model, batch, repeats=0, warmup=1).peak_bytes
+    assert predict(model, batch, device="cuda").peak_bytes
 
 
 def test_a_cache_that_grows_is_found():
