@@ -15,7 +15,7 @@ from helpers.checkpointing import Plan
 from helpers.controls import BudgetLab
 from helpers.controls._picture import HEIGHT, SCALE, WIDTH
 from helpers.measure import StepReport, predict
-from helpers.models import MLP, DocsMLP, uniform_mlp
+from helpers.models import MLP, DocsMLP, UNet, uniform_mlp
 from helpers.planner import best_plan, profile
 from helpers.units import format_bytes
 from tests.controls.test_lab import front_end_click
@@ -186,7 +186,11 @@ def test_a_model_without_layers_is_said_and_nothing_raises():
     assert "no layers to tick" in panel.readout.value
 
 
-def test_a_model_that_is_no_chain_is_said_and_its_boxes_still_work():
+def test_a_model_that_cannot_be_planned_is_said_and_its_boxes_still_work(monkeypatch):
+    def refuse(model, *_, **__):
+        raise ValueError(f"{type(model).__name__} cannot be planned")
+
+    monkeypatch.setattr("helpers.controls.budget.Planner", refuse)
     panel = BudgetLab(DocsMLP, 32)
     assert "DocsMLP" in panel.verdict.value
     assert panel.slider.disabled and panel.field.disabled and panel.least.disabled
@@ -279,3 +283,16 @@ def test_the_slider_takes_the_cheapest_plan_for_its_budget_above_a_gib():
     for place in range(len(panel.front)):
         panel.slider.value = place
         assert panel.plan == best_plan(chain, panel.budget_bytes)
+
+
+def test_a_model_that_is_no_chain_is_planned_by_its_tree():
+    pictures = torch.randn(4, 3, 32, 32)
+    panel = BudgetLab(UNet, pictures)
+    assert len(panel.front) > 1 and not panel.slider.disabled
+    least, most = panel.front[0][0], panel.front[-1][0]
+    panel.budget_bytes = (least + most) // 2
+    report = predict(UNet, pictures, panel.plan)
+    assert panel.plan.segments and report.peak_bytes <= panel.budget_bytes
+    assert "the cheapest plan that fits peaks at" in panel.budget_finding
+    panel.budget_bytes = least - 1
+    assert "no plan fits; the least that works is" in panel.budget_finding
