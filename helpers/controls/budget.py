@@ -14,13 +14,7 @@ from helpers.controls._findings import added_work
 from helpers.controls._look import sentence, status
 from helpers.controls.lab import LayerLab
 from helpers.measure import StepReport
-from helpers.planner import (
-    InfeasibleBudget,
-    Planner,
-    best_plan,
-    pareto,
-    profile,
-)
+from helpers.planner import InfeasibleBudget, Planner
 from helpers.plots import memory_unit
 from helpers.units import format_bytes
 
@@ -62,7 +56,7 @@ class BudgetLab(widgets.HBox):
 
     def __init__(self, *args, **kwargs) -> None:
         self.budget_finding, self.front = "", []
-        self._front_of = self._chain = None  # the values that the front is of
+        self._front_of = self._planner = None  # the values that the front is of
         self._budget_bytes, self._unit_bytes = 0, 1
         self._planned, self._fits = Plan(), True
         self._follows = True  # whether the boxes show what was planned
@@ -147,7 +141,7 @@ class BudgetLab(widgets.HBox):
             return
         self._budget_bytes = budget_bytes
         try:
-            plan = self._plans.best(budget_bytes)
+            plan = self._planner.best(budget_bytes).plan
         except InfeasibleBudget:
             plan = None  # the sentence says what would do
         fitting = sum(peak_bytes <= budget_bytes for peak_bytes, _, _ in self.front)
@@ -182,10 +176,14 @@ class BudgetLab(widgets.HBox):
         """Plan for the present model; the budget stays, if there has been one."""
         state, first, self.front = self.state, self._front_of is None, []
         try:
-            self._plans = _plans(
-                state.model, state.batch, device=state.device, **state.options
+            among, options = state.ticks.inspection.layers, state.options
+            self._planner = planner = Planner(
+                state.model, state.batch, among=among, device=state.device, **options
             )
-            self.front = self._plans.front
+            reports = planner.front(POINTS)
+            self.front = [
+                (it.peak_bytes, it.recompute_flops, it.plan) for it in reports
+            ]
         except Exception as error:
             reason = f"no plan for a budget: {sentence(error)}"
             self.verdict.value = status(reason, wrong=True)
@@ -225,36 +223,6 @@ class BudgetLab(widgets.HBox):
         if self._follows:
             return f"budget {budget}: {best} peaks at {format_bytes(peak)}, {work}"
         fits = "fits" if spare >= 0 else f"is {format_bytes(-spare)} too much"
-        planned = added_work(report, self._plans.cost(self._planned))
+        planned = added_work(report, self._planner.cost(self._planned))
         by_hand = f"by hand, peak {format_bytes(peak)} {fits}, {work}"
         return f"budget {budget}: {by_hand}; {best}: {planned}"
-
-
-class _OfChain:
-    """Plans for a model's chain, in milliseconds."""
-
-    def __init__(self, *step: object, **settings: object) -> None:
-        self.chain = profile(*step, **settings)
-        self.front, self.cost = pareto(self.chain, POINTS), self.chain.recompute_cost
-
-    def best(self, budget_bytes: int) -> Plan:
-        return best_plan(self.chain, budget_bytes)
-
-
-class _OfTree:
-    """Plans for a model that is no chain, each confirmed by a dry run."""
-
-    def __init__(self, *step: object, **settings: object) -> None:
-        self.planner = planner = Planner(*step, **settings)
-        reports, self.cost = planner.front(POINTS), planner.cost
-        self.front = [(it.peak_bytes, self.cost(it.plan), it.plan) for it in reports]
-
-    def best(self, budget_bytes: int) -> Plan:
-        return self.planner.best(budget_bytes).plan
-
-
-def _plans(*step: object, **settings: object) -> _OfChain | _OfTree:
-    try:
-        return _OfChain(*step, **settings)
-    except ValueError:  # no chain, or nothing that can be predicted, which this says
-        return _OfTree(*step, **settings)

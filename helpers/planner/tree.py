@@ -17,7 +17,7 @@ Module trees: as ``torch.distributed._tools.sac_ilp``, which leaves the choice t
 integer program. Pieces and labels: Beaumont et al., arXiv 1911.13214, see ``chain``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from torch import nn
 
@@ -94,13 +94,24 @@ class Planner:
     """Plans for one model, whose steps are watched once for all budgets.
 
     Args:
-        As in ``plan_for``.
+        among: the names of modules that may be ticked; default: all.
+        Others: as in ``plan_for``.
     """
 
-    def __init__(self, model, batch, *, parent=None, measured=False, **settings):
+    def __init__(
+        self,
+        model: nn.Module | Callable[[], nn.Module],
+        batch: object,
+        *,
+        parent: str | None = None,
+        among: Collection[str] | None = None,
+        measured: bool = False,
+        **settings: object,
+    ) -> None:
         self.judge = Judge(model, batch, settings)
         self.plain = self.judge.plain
         self.parent, self.measured = parent, measured
+        self.among = None if among is None else frozenset(among)
         self.banned: set[tuple[str, ...]] = set()
         self.chain = self._chain()
         self._pool: Pool | None = None
@@ -112,17 +123,24 @@ class Planner:
         how = {"parent": self.parent, **judge.of_step, "measured": self.measured}
         model = judge.given if self.measured else judge.model
         try:
-            return profile(model, judge.batch, **how)
+            chain = profile(model, judge.batch, **how)
         except ValueError:
             if self.parent is not None:
                 raise
             return None
+        return chain if self._may(chain.names) else None
+
+    def _may(self, names: Collection[str]) -> bool:
+        """Say whether all these modules may be ticked."""
+        return self.among is None or self.among.issuperset(names)
 
     @property
     def is_simple(self) -> bool:
         """Whether the chain says it all: nothing inside its layers is called for."""
         if self.chain is None or self.parent is not None:
             return self.parent is not None
+        if self.among is not None:
+            return self.among <= {*self.chain.names}
         model = self.judge.model
         layers = model._modules.values()
         whole = type(model).forward is nn.Sequential.forward
@@ -137,7 +155,9 @@ class Planner:
             units = [
                 unit
                 for unit in offered(estimate)
-                if unit.names not in self.banned and not is_wrong(Plan((unit.names,)))
+                if self._may(unit.names)
+                and unit.names not in self.banned
+                and not is_wrong(Plan((unit.names,)))
             ]
             if self.measured:
                 self._take_times(units)

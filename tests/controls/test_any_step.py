@@ -13,6 +13,7 @@ from helpers.controls import BudgetLab, LabState, LayerLab
 from helpers.measure import predict
 from helpers.models import MLP, uniform_mlp
 from helpers.models.architectures import GPT, ResNet
+from helpers.planner import Planner
 
 WIDTHS = [64] * 5
 PLAN = Plan((("layer1", "layer2"),))
@@ -411,17 +412,15 @@ def test_an_interrupt_of_a_flip_is_made_good_by_the_next(interrupts):
 
 
 def test_an_interrupted_front_is_found_later(monkeypatch):
-    from helpers.controls import budget
+    real, calls = Planner.front, []
 
-    real, calls = budget.pareto, []
-
-    def pareto(*args):
+    def front(*args):
         calls.append(args)
         if len(calls) == 1:
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(budget, "pareto", pareto)
+    monkeypatch.setattr(Planner, "front", front)
     panel = BudgetLab(lambda: MLP(WIDTHS, "gelu"), 64)
     assert "stopped" in said(panel) and not panel.front
     panel.boxes["layer1"].value = True

@@ -16,7 +16,7 @@ from helpers.controls import BudgetLab
 from helpers.controls._picture import HEIGHT, SCALE, WIDTH
 from helpers.measure import StepReport, predict
 from helpers.models import MLP, DocsMLP, UNet, uniform_mlp
-from helpers.planner import best_plan, profile
+from helpers.planner import InfeasibleBudget, best_plan, plan_for, profile
 from helpers.units import format_bytes
 from tests.controls.test_lab import front_end_click
 
@@ -296,3 +296,14 @@ def test_a_model_that_is_no_chain_is_planned_by_its_tree():
     assert "the cheapest plan that fits peaks at" in panel.budget_finding
     panel.budget_bytes = least - 1
     assert "no plan fits; the least that works is" in panel.budget_finding
+    with pytest.raises(InfeasibleBudget) as nothing_fits:
+        plan_for(UNet, pictures, least - 1)
+    assert nothing_fits.value.minimum_bytes == least
+
+
+def test_only_modules_that_have_a_box_are_planned():
+    pictures = torch.randn(4, 3, 32, 32)
+    panel = BudgetLab(UNet, pictures, tree=False)
+    ticked = {name for *_, plan in panel.front for name in plan.names}
+    assert ticked and ticked <= {*panel.boxes}
+    assert panel.front[0][0] > BudgetLab(UNet, pictures).front[0][0]
