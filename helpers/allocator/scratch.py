@@ -78,13 +78,13 @@ def requests_of(func: torch._ops.OpOverload, args: tuple, gpu: Gpu) -> Requests:
     Args:
         args: what the operator is called with, on any device.
     """
-    rule = _RULES.get(func)
+    rule = _RULES.get(func._op)  # whose hash is C's, and faster
     if rule is None:
         return ()
     if isinstance(rule, str):  # a plain model does without
         from helpers.allocator import kernels
 
-        _RULES[func] = rule = getattr(kernels, rule)
+        _RULES[func._op] = rule = getattr(kernels, rule)
     return rule(args, gpu)
 
 
@@ -119,7 +119,7 @@ _DENSE = """native_layer_norm _fused_rms_norm max_pool2d_with_indices
   _upsample_nearest_exact3d""".split()
 _DENSE_ONLY = [getattr(_aten, f"{name}_backward").default for name in _DENSE]
 _SUMS = _aten.sum.default, _aten.sum.dim_IntList, _aten.mean.default, _aten.mean.dim
-_RULES: dict[torch._ops.OpOverload, Callable | str] = {
+_RULE_OF: dict[torch._ops.OpOverload, Callable | str] = {
     **dict.fromkeys((product.default for product in _PRODUCTS), _of_product),
     **dict.fromkeys(_SUMS, _of_reduction),
     **dict.fromkeys(_DENSE_ONLY, "of_dense_gradient"),
@@ -135,6 +135,7 @@ _RULES: dict[torch._ops.OpOverload, Callable | str] = {
     _aten.convolution.default: "of_convolution",
     _aten.convolution_backward.default: "of_convolution_backward",
 }
+_RULES = {func._op: rule for func, rule in _RULE_OF.items()}
 
 
 def _can_be_read(matrix: torch.Tensor) -> bool:

@@ -30,7 +30,6 @@ from helpers.dry_run.kernels import (
 from helpers.dry_run.meta import (
     SHAPES,
     SHAPES_ON_CPU,
-    keep_attributes,
     meta_batch,
     meta_copies,
     meta_model,
@@ -53,7 +52,7 @@ __all__ = [
 ]
 
 GivenOptimizer = torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | None
-__getattr__ = lazily(__name__, {"Copies": "copies"})
+__getattr__ = lazily(__name__, {"Copies": "copies", "keep_attributes": "put_back"})
 _fused_devices = optimizers._get_fused_kernels_supported_devices
 _in_use: dict[int, object] = {}  # models of the caller's own, with who uses them
 
@@ -81,6 +80,8 @@ class Imagined:
         A model that is there already is used as it is, and put back; if another thread
         uses it, a copy is.
         """
+        from helpers.dry_run.put_back import keep_attributes, keep_shared
+
         model = meta_model(model_or_factory, self.copies)
         if model is model_or_factory:
             mine = object()
@@ -90,8 +91,6 @@ class Imagined:
                 self.copies.keep(model)
             else:
                 model = self.copies.of(model)
-        from helpers.dry_run.put_back import keep_shared  # when there is a step
-
         keep_shared(self.undo, model)
         return [model, *map(self.copies.of, others)]
 

@@ -4,9 +4,10 @@
 """
 
 import copy
+import copyreg
 import functools
 import types
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from helpers.checkpointing import Undo
-from helpers.dry_run.parts import contents, has_parts, named_in, parts_of
+from helpers.dry_run.parts import PLAIN, contents, has_parts, named_in, parts_of
 
 
 class Copies:
@@ -84,11 +85,31 @@ class Copies:
                 self.memo[id(part)] = part  # a cell is its function's affair
         with Undo() as undo:
             undo.enter_context(self.asked)
+            self._copy_modules(parts)
             made = copy.deepcopy(value, self.memo)
         for part in parts:
             if isinstance(part, torch.Tensor) and part.is_leaf:
                 self._copy_hooks(part)
         return made
+
+    def _copy_modules(self, parts: list[object]) -> None:
+        """Copy modules as ``deepcopy`` does, in a third of its time.
+
+        Most of what a module holds is a dict of hooks that has none.
+        """
+        memo, left = self.memo, []
+        for part in parts:
+            if id(part) not in memo and _is_usual(type(part)):
+                memo[id(part)] = made = object.__new__(type(part))
+                left.append((part, made))
+        for part, made in left:
+            state = dict(part.__getstate__())
+            for name, held in state.items():
+                if type(held) in _EMPTY and not held:
+                    state[name] = memo.setdefault(id(held), type(held)())
+                elif type(held) not in PLAIN:
+                    state[name] = copy.deepcopy(held, memo)
+            made.__setstate__(state)
 
     def _copy_hooks(self, tensor: torch.Tensor) -> None:
         """Give a tensor's copy its hooks, which no copy has."""
@@ -124,6 +145,20 @@ class Copies:
     def _held(self, value: object) -> object:
         """Copy what a function refers to, where a step may change it."""
         return self.of(value) if has_parts(value) else value
+
+
+_EMPTY = dict, OrderedDict, set
+_OF_COPYING = "__reduce_ex__", "__reduce__", "__getstate__", "__new__"
+
+
+@functools.cache
+def _is_usual(kind: type) -> bool:
+    """Say whether ``deepcopy`` would copy a module by its attributes alone."""
+    if not issubclass(kind, nn.Module) or hasattr(kind, "__deepcopy__"):
+        return False
+    ways = [getattr(kind, name) is getattr(nn.Module, name) for name in _OF_COPYING]
+    slots = [vars(base).get("__slots__") for base in kind.__mro__]
+    return all(ways) and not any(slots) and kind not in copyreg.dispatch_table
 
 
 def _has_more(tensor: torch.Tensor) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from helpers.checkpointing import Undo, refuse_opaque
+from helpers.checkpointing import refuse_opaque
 from helpers.dry_run.kernels import AUTOCAST, on_host
 
 if TYPE_CHECKING:
@@ -88,44 +88,11 @@ def stand_in(tensor: torch.Tensor) -> torch.Tensor:
     return empty.requires_grad_(tensor.requires_grad)
 
 
-_HOLDING = dict, list
-
-
-def keep_attributes(undo: Undo, model: nn.Module) -> None:
-    """Put back what modules hold at a block's end: tensors replaced, lists grown."""
-    gradients, kept = [], []
-    for own in map(vars, model.modules()):
-        kept.append((own, own.copy()))
-        held = [value for value in own.values() if isinstance(value, _HOLDING)]
-        kept += [(value, value.copy() if value else ()) for value in held]
-        parameters = own.get("_parameters", {}).values()
-        gradients += [(one, one.grad) for one in parameters if one is not None]
-    for _ in range(2):  # an interrupt may end the first
-        undo.callback(_put_back, kept, gradients)
-
-
-def _put_back(kept: list[tuple], gradients: list[tuple]) -> None:
-    for value, before in kept:
-        if (value or before) and not _same(value, before):
-            value.clear()
-            (value.extend if isinstance(value, list) else value.update)(before)
-    for parameter, gradient in gradients:
-        parameter.grad = gradient
-    kept.clear()  # a second time there is nothing to do
-    gradients.clear()
-
-
-def _same(value: dict | list, before: dict | list) -> bool:
-    """Say whether both hold the same things, which are looked at where they are two."""
-    try:
-        return value == before
-    except (RuntimeError, TypeError, ValueError):  # tensors, arrays
-        return False
-
-
+# By ``_op``, whose hash is C's: that of an operator in Python takes as long as a key's.
 _FUSED_STEPS = {
-    getattr(torch.ops.aten, name)
-    for name in ("_fused_adam_", "_fused_adamw_", "_fused_sgd_", "_fused_adagrad_")
+    getattr(getattr(torch.ops.aten, f"_fused_{name}_"), overload)._op
+    for name in ("adam", "adamw", "sgd", "adagrad")
+    for overload in ("default", "tensor_lr")
 }
 
 
@@ -151,7 +118,7 @@ class RememberedShapes:
 
     def plain(self, func: Callable, args: tuple, kwargs: dict) -> object:
         """Run an operator to which only shapes matter, where no values are known."""
-        out, key = self(func, args, kwargs), (func, _signature(args), ())
+        out, key = self(func, args, kwargs), (func._op, _signature(args), ())
         with contextlib.suppress(TypeError, KeyError):
             self._plain[key] = self._answers[key]
         return out
@@ -163,9 +130,10 @@ class RememberedShapes:
         kwargs: dict,
         otherwise: Callable | None = None,
     ) -> object:
-        if func.overloadpacket in _FUSED_STEPS:
+        if func._op in _FUSED_STEPS:
             return None
-        key = (func, _signature(args), _signature(tuple(kwargs.items())))
+        named = _signature(tuple(kwargs.items())) if kwargs else ()
+        key = (func._op, _signature(args), named)
         try:
             answer = (self._plain if otherwise else self._answers).get(key)
         except TypeError:  # an argument that cannot be hashed

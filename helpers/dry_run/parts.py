@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 _LISTS = list, tuple, set, frozenset, collections.deque
-_PLAIN = frozenset((int, float, bool, str, bytes, type, type(None)))
+PLAIN = frozenset((int, float, bool, str, bytes, type, type(None)))
+_CHANGED = dict, *_LISTS, types.MethodType, functools.partial, random.Random
+_CHANGED += torch.Generator, torch.Tensor  # the most usual first
 _DATA = torch.utils.data.Dataset, torch.utils.data.DataLoader
 _NAMESPACES = "types", "argparse"  # the standard library's, of what a reader puts in
 
@@ -31,7 +33,7 @@ def parts_of(*values: object) -> list[object]:
         value = left.pop()
         if id(value) not in found:
             found[id(value)] = value
-            left += [part for part in _inside(value) if type(part) not in _PLAIN]
+            left += [part for part in _inside(value) if type(part) not in PLAIN]
     return [*found.values()]
 
 
@@ -66,11 +68,10 @@ def is_package(name: str) -> bool:
 
 def has_parts(value: object) -> bool:
     """Say whether a step can change a thing, and it can be copied."""
+    if isinstance(value, _CHANGED):
+        return True
     if isinstance(value, types.FunctionType):
         return not _is_library(value)
-    kinds = torch.Tensor, dict, *_LISTS, types.MethodType, functools.partial
-    if isinstance(value, (*kinds, torch.Generator, random.Random)):
-        return True
     numpy = sys.modules.get("numpy")
     if numpy and isinstance(value, numpy.ndarray | numpy.random.Generator):
         return True
@@ -95,11 +96,11 @@ def _is_library(function: types.FunctionType) -> bool:
 
 
 def _inside(value: object) -> Iterable[object]:
+    if isinstance(value, dict):  # first, because most things are one
+        return [*value, *value.values()]
     if isinstance(value, torch.Tensor):
         hooks = value._backward_hooks, value._post_accumulate_grad_hooks
         return (value.grad, *hooks) if value.is_leaf else ()
-    if isinstance(value, dict):
-        return [*value, *value.values()]
     if isinstance(value, _LISTS):
         return value
     if isinstance(value, types.MethodType):

@@ -52,6 +52,43 @@ def keep_shared(undo: Undo, model: nn.Module) -> None:
             undo.callback(put_back, ways)
 
 
+_HOLDING = dict, list
+
+
+def keep_attributes(undo: Undo, model: nn.Module) -> None:
+    """Put back what modules hold at a block's end: tensors replaced, lists grown."""
+    own = [*map(vars, model.modules())]
+    held = [one for each in own for one in each.values() if isinstance(one, _HOLDING)]
+    empty = [one for one in held if not one]  # most are
+    kept = [(one, one.copy()) for one in (*own, *held) if one]
+    parameters = [one for each in own for one in each["_parameters"].values()]
+    gradients = [(one, one.grad) for one in parameters if one is not None]
+    for _ in range(2):  # an interrupt may end the first
+        undo.callback(_as_before, empty, kept, gradients)
+
+
+def _as_before(empty: list, kept: list[tuple], gradients: list[tuple]) -> None:
+    for value in empty:
+        if value:
+            value.clear()
+    for value, before in kept:
+        if not _same(value, before):
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(before)
+    for parameter, gradient in gradients:
+        parameter.grad = gradient
+    for each in (empty, kept, gradients):
+        each.clear()  # a second time there is nothing to do
+
+
+def _same(value: dict | list, before: dict | list) -> bool:
+    """Say whether both hold the same things, which are looked at where they are two."""
+    try:
+        return value == before
+    except (RuntimeError, TypeError, ValueError):  # tensors, arrays
+        return False
+
+
 def refill(part: object, before: object) -> None:
     """Fill a dict, a set, a list or a deque again, unless it holds the same things."""
     if _held(part) != _held(before):
