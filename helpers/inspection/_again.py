@@ -7,6 +7,7 @@ holds has to be as it was. It stops early, as checkpoint does. Backward does not
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 
@@ -42,6 +43,7 @@ class Call:
 
     name: str
     module: nn.Module
+    with_hooks: bool  # of its own, as it runs beside others in a segment
     args: tuple
     kwargs: dict
     given: Hashable  # its arguments
@@ -55,6 +57,15 @@ class Call:
     turns: int = 0  # and before its end
     left: dict[str, Hashable] = field(default_factory=dict)  # what it holds then
     drawn_inside: bool = False
+
+    @property
+    def function(self) -> Callable:
+        return self.module if self.with_hooks else self.module.forward
+
+    @property
+    def within(self) -> str:
+        """Where it is run again: see ``Hazard``."""
+        return "" if self.with_hooks else self.name
 
     @property
     def count(self) -> int:
@@ -103,6 +114,7 @@ class Again:
         self.model, self.found, self.random = model, Findings(model), random
         self.numbers = Numbers(run, self._written)
         self.modules = dict(model.named_modules())
+        self.hooked = [name for name, one in self.modules.items() if _is_hooked(one)]
         self.plain = {name for name, one in self.modules.items() if _is_plain(one)}
         self.calls: list[Call] = []
         self.open: list[Call] = []
@@ -117,36 +129,35 @@ class Again:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Follow a step inside the block, as far as it is needed."""
-        names = list(self.modules)
+        watch, leave = functools.partial(hooked, self.model), self._leave
+        enter = functools.partial(self._enter, with_hooks=True)
         self.numbers.tell_apart([vars(module) for module in self.modules.values()])
         with Undo() as undo:
             undo.enter_context(torch.autograd.set_multithreading_enabled(False))
-            undo.enter_context(hooked(self.model, names, self._enter, self._leave))
+            undo.enter_context(watch(self.modules, self._enter, leave, (False, True)))
+            undo.enter_context(watch(self.hooked, enter, leave, (True, False)))
             undo.enter_context(saved_tensors_hooks(self._save, self._unpack))
             undo.enter_context(self.numbers)
             yield
 
     # The step's own forward ----------------------------------------------------------
 
-    def _enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _enter(
+        self,
+        name: str,
+        module: nn.Module,
+        args: tuple,
+        kwargs: dict,
+        with_hooks: bool = False,
+    ) -> None:
         if self.is_over:
             return
         here = len(self.saved)
         number = self.numbers.of if self.open else self.numbers.tell_apart
-        call = Call(
-            name,
-            module,
-            args,
-            kwargs,
-            number((args, kwargs)),
-            _versions(args),
-            self._holds(module),
-            self.numbers.draws.get(0, 0),
-            _autocast(),
-            self.random(),
-            slice(here, here),
-            len(self.calls),
-        )
+        who = name, module, with_hooks, args, kwargs, number((args, kwargs))
+        how = _versions(args), self._holds(module), self.numbers.draws.get(0, 0)
+        how += _autocast(), self.random(), slice(here, here), len(self.calls)
+        call = Call(*who, *how)
         self.calls.append(call)
         self.open.append(call)
         for value in (*args, *kwargs.values()):
@@ -198,8 +209,8 @@ class Again:
         for name in self.modules:
             for outer in around(name):
                 self.inside.setdefault(outer, []).append(name)
-        first = {call.name: call for call in reversed(self.calls)}
-        last = {call.name: call for call in self.calls}
+        first = {(call.name, call.with_hooks): call for call in reversed(self.calls)}
+        last = {(call.name, call.with_hooks): call for call in self.calls}
         for call in dict.fromkeys([*last.values(), *first.values()]):
             if call.name and call.count and not self._is_same(call):
                 self._look_at(call)
@@ -239,7 +250,7 @@ class Again:
                 if (device, enabled, dtype) not in _autocast():
                     undo.enter_context(torch.autocast(device, dtype, enabled))
             try:
-                call.module.forward(*call.args, **call.kwargs)
+                call.function(*call.args, **call.kwargs)
             except _Stop:
                 pass
             except Exception as error:
@@ -273,9 +284,9 @@ class Again:
             for key in end.keys() | inner.own.keys():
                 if inner.own.get(key) != end.get(key):
                     itself = inner.left.get(key) != inner.own.get(key)
-                    self.found.state(inner.name, key, effect, call.name, itself)
+                    self.found.state(inner.name, key, effect, call.within, itself)
                     return
-        self.found.other(call.name, effect)
+        self.found.other(call.name, effect, call.within)
 
     def _look_for_changes(self, call: Call) -> None:
         """Find what a module's second forward has changed, and put it back."""
@@ -284,8 +295,8 @@ class Again:
             if now != end:
                 keys = now.keys() | end.keys()
                 key = min(key for key in keys if now.get(key) != end.get(key))
-                self.found.state(name, key, "state", call.name, True)
-                put_back(self.kept[name])
+                self.found.state(name, key, "state", call.within, True)
+            put_back(self.kept[name])
 
     def _holds(self, module: nn.Module) -> dict[str, Hashable]:
         """Number what a module itself holds, by name."""
@@ -299,8 +310,11 @@ class Again:
 
 def _is_plain(module: nn.Module) -> bool:
     """Say whether a module is PyTorch's own, and nobody is told of its calls."""
-    is_hooked = module._forward_pre_hooks or module._forward_hooks
-    return type(module) in _TORCHS_OWN and not is_hooked
+    return type(module) in _TORCHS_OWN and not _is_hooked(module)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 def _versions(args: tuple) -> list[int]:

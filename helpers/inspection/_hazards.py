@@ -28,7 +28,8 @@ class Hazard:
         name: of the module that it is about.
         effect: what a plan with it does: other gradients, without an error; another
             state of the model after the step; an error in backward; or neither.
-        within: the modules that suffer, if they are checkpointed.
+        within: the modules that suffer, if they are checkpointed; "" is the model,
+            where it is right alone and wrong in a segment with neighbours.
     """
 
     name: str
@@ -134,13 +135,13 @@ class Findings:
             end += ", and gradients are wrong"
         self.add(name, kind, f"{{}} {what}: {end}", effect, within)
 
-    def other(self, name: str, effect: Effect) -> None:
+    def other(self, name: str, effect: Effect, within: str) -> None:
         """Note that a module computes something else the second time."""
         differs = (
             "{} does not compute the same when backward runs it again: it reads what "
             "changes meanwhile outside of it; hand that over as an argument"
         )
-        self.add(name, "values", differs, effect, name)
+        self.add(name, "values", differs, effect, within)
 
 
 def around(name: str) -> list[str]:

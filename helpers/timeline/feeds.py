@@ -37,22 +37,28 @@ class Call(NamedTuple):
 
 @contextlib.contextmanager
 def hooked(
-    model: nn.Module, names: Iterable[str], enter: Callable, leave: Callable
+    model: nn.Module,
+    names: Iterable[str],
+    enter: Callable,
+    leave: Callable,
+    first: tuple[bool, bool] = (False, False),
 ) -> Iterator[None]:
     """Call functions around each call of some modules, inside a ``with`` block.
 
     Args:
         enter: called with name, module, args and kwargs.
         leave: called with the same and the output; also where the module fails.
+        first: whether each comes before the hooks that a module has.
     """
 
     with Undo() as undo:
         for name in names:
-            module, options = model.get_submodule(name), {"with_kwargs": True}
-            hook = functools.partial(enter, name)
-            undo.callback(module.register_forward_pre_hook(hook, **options).remove)
-            hook, options["always_call"] = functools.partial(leave, name), True
-            undo.callback(module.register_forward_hook(hook, **options).remove)
+            module, how = model.get_submodule(name), {"with_kwargs": True}
+            hook, how["prepend"] = functools.partial(enter, name), first[0]
+            undo.callback(module.register_forward_pre_hook(hook, **how).remove)
+            hook, how["prepend"] = functools.partial(leave, name), first[1]
+            how["always_call"] = True
+            undo.callback(module.register_forward_hook(hook, **how).remove)
         yield
 
 

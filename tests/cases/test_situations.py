@@ -79,10 +79,28 @@ def test_spectral_norm(end):  # pytorch#66363
         assert_told(model, x, ALONE)
 
 
-@pytest.mark.xfail(strict=True, reason="inspection does not watch layers' own hooks")
 def test_a_hook_that_changes_a_buffer_inside_a_joined_segment():
     model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(16, 32)), nn.ReLU())
     assert_told(model, torch.randn(64, 16), Plan((("0", "1"),)))
+
+
+HOOKS = {
+    "of weight_norm": lambda layer: nn.utils.weight_norm(layer),
+    "on the output": lambda layer: layer.register_forward_hook(lambda *a: a[2] * 2),
+    "on the input": lambda layer: layer.register_forward_pre_hook(
+        lambda _, args: (args[0].sin(),)
+    ),
+}
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_that_changes_nothing_is_no_hazard(hook, place):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.GELU())
+    HOOKS[hook](model[place])
+    x, plan = torch.randn(64, 16), Plan((("0", "1", "2"),))
+    assert_agreement(model, x, plan)
+    assert inspect_model(model, x, **CPU).hazards_of(plan) == []
 
 
 class Neuron(nn.Module):  # spikingjelly#629

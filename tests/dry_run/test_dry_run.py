@@ -210,7 +210,7 @@ def counted(func, calls: list):
     """Wrap an operator so that its calls are seen."""
 
     class Counted:
-        overloadpacket = func.overloadpacket
+        overloadpacket, _op = func.overloadpacket, func._op
 
         def __call__(self, *args, **kwargs):
             calls.append(func)
