@@ -13,16 +13,30 @@ STRAY_KEYS := metadata.language_info.version metadata.toc \
 
 CUDA_VENV := .venv-cuda
 
-.PHONY: lab test test-cuda bench record execute nav html lock clean
+.PHONY: lab work fresh test test-cuda bench record execute nav html lock clean
 
 # Jupyter refuses root unless told; in a container there is often nobody else.
 ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 # The root is here, and not beside the notebook, so that links to ../helpers work.
 # On another machine: make lab LAB_FLAGS="--no-browser --port=8889"
-lab: $(INSTALLED)
+lab: $(INSTALLED) work
 	$(BIN)/jupyter lab --ServerApp.root_dir=. $(ROOT_FLAG) $(LAB_FLAGS) \
-	  notebooks/00_start_here.ipynb
+	  work/00_start_here.ipynb
+
+# Copies of the notebooks, for a reader's own runs: they stay as they are left, and
+# `make test` and git know nothing of them.
+work:
+	mkdir -p work
+	cp -R notebooks/images work
+	for page in $(notdir $(NOTEBOOKS)); do \
+	  [ -e "work/$$page" ] || cp "notebooks/$$page" work; done
+
+# The copies once more as they were at first; a reader's other files stay.
+fresh:
+	mkdir -p work
+	cp $(NOTEBOOKS) work
+	cp -R notebooks/images work
 
 # Strict nbval: each committed output is held against a new one. A notebook's
 # cells share a kernel, and a browser's tests a JupyterLab, so that a whole file goes

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -89,6 +90,28 @@ def test_cudas_tests_have_an_environment_and_a_job_of_their_own():
 def test_make_installs_what_conda_installs():
     makefile = (ROOT / "Makefile").read_text()
     assert "install -c requirements.lock -e '.[dev]'" in makefile
+
+
+def test_a_reader_works_on_copies_which_stay_until_they_are_renewed(tmp_path):
+    page = Path("00_start_here.ipynb")
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / page).write_text("as published")
+    shutil.copytree(ROOT / "notebooks/images", tmp_path / "notebooks/images")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    copy, own = tmp_path / "work" / page, tmp_path / "work" / "own.ipynb"
+
+    def make(target: str) -> str:
+        subprocess.run(["make", target], cwd=tmp_path, check=True, capture_output=True)
+        return copy.read_text()
+
+    assert make("work") == "as published"
+    copy.write_text("as the reader left it")
+    own.write_text("a page of the reader's")
+    assert make("work") == "as the reader left it"
+    assert make("fresh") == "as published"
+    assert own.read_text() == "a page of the reader's"
+    assert "lab: $(INSTALLED) work" in (ROOT / "Makefile").read_text()
+    assert "work/" in (ROOT / ".gitignore").read_text().splitlines()
 
 
 def test_measuring_needs_torch_alone():
