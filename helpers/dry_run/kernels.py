@@ -133,7 +133,8 @@ def on_host(func: torch._ops.OpOverload, out: object) -> object:
     """
     if func.overloadpacket is not _aten._scaled_dot_product_efficient_attention:
         return out
-    return (*out[:2], *(torch.empty((), dtype=torch.long) for _ in range(2)))
+    on_cpu = {"dtype": torch.long, "device": "cpu"}
+    return (*out[:2], *(torch.empty((), **on_cpu) for _ in range(2)))
 
 
 # Autocast ---------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def usable_device(model: nn.Module, device: str | None) -> str:
         )
     refuse_opaque(model, has_data=True)
     if device is None:
-        first = next(model.parameters(), torch.empty(0))
+        first = next(model.parameters(), torch.empty(0, device="cpu"))
         device = first.device
     device = str(device).partition(":")[0]
     if device == "cuda" and not torch.cuda.is_available():

@@ -136,10 +136,14 @@ class Estimate:
     def offer(self, units: list[Unit]) -> None:
         """Take the units that plans are made of, and lay out the tables for them."""
         self.units, calls = units, self.watched.calls
-        self.costs = torch.tensor([unit.cost for unit in units], dtype=torch.float64)
+        self.costs = torch.tensor(
+            [unit.cost for unit in units], dtype=torch.float64, device="cpu"
+        )
         runs = [(row, run) for row, unit in enumerate(units) for run in unit.runs]
         self.run_unit = on_cpu(row for row, _ in runs)
-        self.covers = torch.zeros(len(runs), len(calls) + 1)  # the last is no call
+        self.covers = torch.zeros(
+            len(runs), len(calls) + 1, device="cpu"
+        )  # the last is no call
         for row, (_, run) in enumerate(runs):
             self.covers[row, run.first : run.end] = row + 1  # antichains: one a call
         held = {it.made for it in self.watched.saved}
@@ -186,7 +190,9 @@ class Estimate:
         ends += [self.begin, self.begin + 1, on_cpu([0, *calls])]
         self.places = torch.cat(ends).unique()
         self.places = self.places[self.places < len(levels)]
-        joined = torch.searchsorted(self.places, torch.arange(len(levels)), right=True)
+        joined = torch.searchsorted(
+            self.places, torch.arange(len(levels), device="cpu"), right=True
+        )
         self.levels = torch.zeros_like(self.places)
         self.levels.scatter_reduce_(0, joined - 1, levels, "amax", include_self=False)
         self.free_end, self.begin_at = self.at(self.free + 1), self.at(self.begin)
@@ -219,7 +225,7 @@ class Estimate:
         same = (saver_cover > 0) & (saver_cover == inside[:, self.saver_of])
         until = torch.where(same, self.dropped, -1)
         again.scatter_reduce_(1, self.saver_of.expand(n, -1), until, "amax")
-        changes = torch.zeros(n, len(self.places) + 1, dtype=torch.int64)
+        changes = torch.zeros(n, len(self.places) + 1, dtype=torch.int64, device="cpu")
         longer = torch.where(held > self.free, self.bytes, 0)
         changes.scatter_add_(1, self.free_end.expand(n, -1), longer)
         changes.scatter_add_(1, self._end(held), -longer)

@@ -28,12 +28,12 @@ class Pool:
     def __init__(self, estimate: Estimate) -> None:
         self.estimate, n = estimate, len(estimate.units)
         self.costs_of = on_cpu(unit.cost for unit in estimate.units)
-        covers = torch.zeros(n, estimate.covers.shape[1])
+        covers = torch.zeros(n, estimate.covers.shape[1], device="cpu")
         covers.index_add_(0, estimate.run_unit, (estimate.covers > 0).float())
         self.conflicts = covers @ covers.T > 0
-        self.plans = torch.zeros(0, n, dtype=torch.bool)
+        self.plans = _no(0, n)
         self.peaks = self.costs = self.sizes = on_cpu([])
-        self.confirmed = torch.zeros(0, dtype=torch.bool)
+        self.confirmed = _no(0)
         self.seen: set[bytes] = set()
         rows = self._every_plan()
         self.is_whole = rows is not None
@@ -55,9 +55,9 @@ class Pool:
             self.peaks = torch.cat([self.peaks, self.estimate.peaks(plans)])
             self.costs = torch.cat([self.costs, (plans * self.costs_of).sum(1)])
             self.sizes = torch.cat([self.sizes, plans.sum(1)])
-            new = torch.zeros(len(plans), dtype=torch.bool)
+            new = _no(len(plans))
             self.confirmed = torch.cat([self.confirmed, new])
-        return torch.arange(start, len(self.plans))
+        return torch.arange(start, len(self.plans), device="cpu")
 
     def _every_plan(self) -> torch.Tensor | None:
         """List all plans, if they are few."""
@@ -76,9 +76,8 @@ class Pool:
                 unit = free.bit_length() - 1
                 free ^= 1 << unit
                 found.append((plan | 1 << unit, free & apart[unit]))
-        return torch.tensor(
-            [[plan >> u & 1 for u in range(n)] for plan in plans]
-        ).bool()
+        rows = [[plan >> unit & 1 for unit in range(n)] for plan in plans]
+        return torch.tensor(rows, device="cpu").bool()
 
     def plan(self, place: int) -> Plan:
         """Make a plan of a row, its segments in the order of their calls."""
@@ -96,13 +95,13 @@ class Pool:
     def _first_plans(self) -> torch.Tensor:
         """List plans to begin with: none, and those of a chain's labels."""
         n = len(self.estimate.units)
-        rows = [torch.zeros(1, n, dtype=torch.bool)]
+        rows = [_no(1, n)]
         return torch.cat([*rows, *Labels(self.estimate).plans()])
 
     def neighbours(self, plan: torch.Tensor) -> torch.Tensor:
         """List the plans that have one segment more, less, or another one instead."""
         n = len(plan)
-        alone = torch.eye(n, dtype=torch.bool)
+        alone = torch.eye(n, dtype=torch.bool, device="cpu")
         inside = alone[plan]
         # A new segment takes the place of those that it meets.
         added = (plan & ~self.conflicts | alone)[~plan]
@@ -166,7 +165,7 @@ class Labels:
 
     def __init__(self, estimate: Estimate) -> None:
         self.estimate, n = estimate, len(estimate.units)
-        plain = torch.zeros(1, n, dtype=torch.bool)
+        plain = _no(1, n)
         levels, held = estimate.rows(plain)
         self.plain, self.held = levels[0], held[0]
         self.start, self.stop = self._pass()
@@ -203,7 +202,7 @@ class Labels:
         ends = [front.end.tolist() for front in fronts]
         labels = [front.label.tolist() for front in fronts]
         for label in range(len(ends[0])):
-            plan, place = torch.zeros(1, n, dtype=torch.bool), 0
+            plan, place = _no(1, n), 0
             while place + 1 < len(cuts):
                 edge, label = ends[place][label], labels[place][label]
                 if edge < 0:
@@ -217,7 +216,9 @@ class Labels:
         """Find the labels before each place, from the end on."""
         cuts, estimate = self._cuts(), self.estimate
         place_of = {cut: place for place, cut in enumerate(cuts)}
-        levels, held = estimate.rows(torch.eye(len(estimate.units), dtype=torch.bool))
+        levels, held = estimate.rows(
+            torch.eye(len(estimate.units), dtype=torch.bool, device="cpu")
+        )
         until = self._until(cuts)
         before = self._holds(self.held[None], cuts)[0].tolist()
         edges, starting = {}, {}
@@ -285,6 +286,10 @@ class Labels:
         costs = [unit.cost for unit in self.estimate.units]
         scale = max(1, sum(costs) * (unit + 1) // 2**60 + 1)
         return [cost // scale * (unit + 1) + 1 for cost in costs]
+
+
+def _no(*size: int) -> torch.Tensor:
+    return torch.zeros(*size, dtype=torch.bool, device="cpu")
 
 
 def _before(after: Front, need: int, more: int, cost: int, end: int) -> Front:

@@ -55,7 +55,9 @@ def plan_for(
 
     Args:
         model, batch: as in ``predict``; any model that can be predicted.
-        budget: bytes, or "8 GiB", "512 MiB", "1.5 GB".
+        budget: bytes, or "8 GiB", "512 MiB", "1.5 GB", for ``peak_bytes``, the tensors.
+            On CUDA the report's ``workspace_bytes`` come on top, and what its
+            ``allocator_peak_bytes`` has more: leave room for them.
         parent: plan for the children of this Sequential or ModuleList alone.
         measured: least time, as measured on the device, instead of fewest FLOPs.
         settings: of ``predict``: loss, optimizer, autocast, step, device, gpu.

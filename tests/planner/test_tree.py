@@ -8,7 +8,7 @@ from torch import nn
 
 from helpers.checkpointing import Plan
 from helpers.measure import StepReport, measure, predict
-from helpers.models.architectures import GPT, Block
+from helpers.models.architectures import GPT, Block, UNet
 from helpers.planner import (
     InfeasibleBudget,
     Planner,
@@ -210,3 +210,13 @@ def test_neighbours_in_one_segment_need_less_than_any_alone(name):
     lowest = front_for(model, batch, device="cpu")[0]
     assert lowest.peak_bytes < alone
     assert any(len(segment) > 1 for segment in lowest.plan.segments)
+
+
+@pytest.mark.parametrize("name", ["U-Net", "GPT"])
+def test_a_default_device_of_the_reader_s_changes_nothing(name):
+    made = {"U-Net": (UNet, torch.randn(4, 3, 32, 32))}
+    made["GPT"] = lambda: GPT(2, 32, 2, 40, 64), torch.randint(0, 40, (8, 64))
+    front = front_for(*made[name])
+    assert len(front) > 2
+    with torch.device("meta"):
+        assert front_for(*made[name]) == front
