@@ -85,11 +85,8 @@ execute: $(INSTALLED)
 nav: $(INSTALLED)
 	$(BIN)/python -m tests.notebooks.navigation
 
-# nbconvert keeps links between notebooks as they are; the pages are .html here.
 html: $(INSTALLED)
-	$(BIN)/jupyter nbconvert --to html --output-dir html $(NOTEBOOKS)
-	sed -i.bak 's/\(href="[^":]*\)\.ipynb/\1.html/g' html/*.html
-	rm -f html/*.bak
+	$(BIN)/python -m tests.notebooks.pages html
 
 # JupyterLab would open with a question about its news and fetch announcements;
 # sys_prefix keeps that setting in .venv and out of the reader's home.

@@ -89,11 +89,6 @@ class CachingAllocator:
             self.reserved_bytes -= sum(e[0] for e in pool) - sum(e[0] for e in used)
             pool[:] = used
 
-    def forget_peaks(self) -> None:
-        """Let the most be what it is now."""
-        self.most_allocated_bytes = self.allocated_bytes
-        self.most_reserved_bytes = self.reserved_bytes
-
     def _new_segment(self, size: int, pool: list) -> Block:
         block = Block(segment_bytes(size), self._end, pool)
         self._end += block.size
