@@ -1,5 +1,7 @@
 """Threads that predict at once get what one gets, and leave torch as it was."""
 
+import queue
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -29,3 +31,22 @@ def test_threads_predict_what_one_does():
         found = list(pool.map(lambda place: STEPS[place](), wanted))
     assert found == [expected[place] for place in wanted]
     assert not changes(before, torch_state())
+
+
+def test_of_two_threads_one_predicts_a_copy_of_the_model_on_the_meta_device():
+    both, seen = threading.Barrier(2, timeout=30), queue.SimpleQueue()
+
+    class Waits(torch.nn.Linear):
+        def forward(self, x):
+            seen.put(self)
+            both.wait()  # each is in the middle of its step
+            return super().forward(x)
+
+    model, plan = Waits(4, 4, device="meta"), Plan()
+    x = torch.empty(2, 4, device="meta")
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: predict(model, x, plan), range(2))
+    assert first == second and first.categories["gradient"]
+    used = [seen.get(), seen.get()]
+    assert used[0] is not used[1] and any(one is model for one in used)
+    assert all(parameter.grad is None for parameter in model.parameters())
