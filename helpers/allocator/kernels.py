@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from helpers.allocator.scratch import WORKSPACE, Gpu
+from helpers.allocator.scratch import Gpu
 from helpers.timeline.operators import Requests
 
 _FLOAT = 4  # bytes: what kernels of any precision add up in
@@ -25,23 +25,52 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def of_dense_gradient(args: tuple, gpu: Gpu) -> Requests:
-    """A copy of a gradient that does not lie row by row, such as a sum's, expanded."""
-    gradient = args[0]
-    dense = gradient.is_contiguous()
-    if gradient.dim() in (4, 5):
-        layout = torch.channels_last if gradient.dim() == 4 else torch.channels_last_3d
-        dense = dense or gradient.is_contiguous(memory_format=layout)
+    """A copy of a gradient that does not lie as the input does, row by row say.
+
+    A sum's gradient is such a one: a single number, expanded.
+    """
+    gradient, *others = args[:2]
+    axes, like = gradient.dim(), others[0] if others else None
+    if axes not in (4, 5):
+        return () if gradient.is_contiguous() else (_bytes(gradient),)
+    layout = torch.channels_last if axes == 4 else torch.channels_last_3d
+    like = like if isinstance(like, torch.Tensor) and like.dim() == axes else gradient
+    if like.is_contiguous() or not like.is_contiguous(memory_format=layout):
+        layout = torch.contiguous_format
+    dense = gradient.is_contiguous(memory_format=layout)
     return () if dense else (_bytes(gradient),)
+
+
+def of_average_backward(args: tuple, gpu: Gpu) -> Requests:
+    """Which reads it as it lies, in channels_last."""
+    return of_dense_gradient(args, gpu) if args[1].is_contiguous() else ()
 
 
 # Attention --------------------------------------------------------------------------
 
 
+def of_flash(args: tuple, gpu: Gpu) -> Requests:
+    """The state of the random numbers."""
+    return (16,) if len(args) > 3 and args[3] else ()
+
+
 def of_flash_backward(args: tuple, gpu: Gpu) -> Requests:
-    """A sum for each query, and the query's gradient in float32."""
-    batch, heads, queries, width = args[1].shape
+    """A sum for each query, and the query's gradient in float32.
+
+    Heads that share keys and values have gradients for these of their own, first.
+    """
+    gradient, query, key, _, output = args[:5]
+    batch, heads, queries, width = query.shape
     rows = batch * heads * _up(queries, 128)
-    return rows * _FLOAT, rows * _up(width, 32 if width <= 128 else 64) * _FLOAT
+    sums = rows * _FLOAT, rows * _up(width, 32 if width <= 128 else 64) * _FLOAT
+    own = batch * heads * key.shape[2] * width * key.element_size()
+    grouped = () if key.shape[1] == heads else (own, own)
+    return *_by_words(gradient), *_by_words(output), *sums, *grouped
+
+
+def _by_words(tensor: torch.Tensor) -> Requests:
+    """Copy what does not lie word by word, and in a word head by head."""
+    return () if tensor.transpose(1, 2).is_contiguous() else (_bytes(tensor),)
 
 
 def of_efficient_backward(args: tuple, gpu: Gpu) -> Requests:
@@ -54,7 +83,8 @@ def of_efficient_backward(args: tuple, gpu: Gpu) -> Requests:
     is_half = query.dtype in _HALVES
     sums = batch * heads * queries * _FLOAT
     whole = gradient.numel() * _FLOAT
-    first = (sums,) if is_half else (whole, sums, sums, -sums, -whole)
+    turned = (sums, -sums) if heads > 1 and queries > 1 else ()
+    first = (sums,) if is_half else (whole, sums, *turned, -whole)
     width = max(query.shape[-1], value.shape[-1])
     fits = next((most for most in (32, 64, 128) if width <= most), 2**16)
     recent = gpu.capability >= (8, 0)
@@ -66,7 +96,7 @@ def of_efficient_backward(args: tuple, gpu: Gpu) -> Requests:
     if is_half and not in_registers:
         columns = _up(query.shape[-1], high) + _up(value.shape[-1], high)
         floats += _splits(batch * heads, key.shape[2], wide) * wide * columns
-    return *first, batch * heads * _up(floats, 4) * _FLOAT
+    return *_by_words(gradient), *first, batch * heads * _up(floats, 4) * _FLOAT
 
 
 def _splits(parallel: int, keys: int, wide: int) -> int:
@@ -92,17 +122,44 @@ def of_safe_softmax(args: tuple, gpu: Gpu) -> Requests:
 
 
 def of_embedding_backward(args: tuple, gpu: Gpu) -> Requests:
-    """Sort the ids, and add up the rows of each in parts of ten."""
-    gradient, ids, rows = args[:3]
-    count, copy = ids.numel(), of_dense_gradient(args, gpu)
-    if count <= 3072:
+    """Where there are few ids, they are dealt with as they come."""
+    gradient, ids, rows, _, is_scaled = args[:5]
+    copy = of_dense_gradient(args, gpu)
+    if ids.numel() <= 3072 and not is_scaled:
         return copy
-    each, kinds = _bytes(ids), min(count, rows)
+    return *copy, *_of_sorted(gradient, ids, rows, is_scaled)
+
+
+def of_bag_backward(args: tuple, gpu: Gpu) -> Requests:
+    gradient, ids, rows, is_scaled, mode = args[0], args[1], *args[6:9]
+    copy = of_dense_gradient(args, gpu)
+    return copy if mode == 2 else (*copy, *_of_sorted(gradient, ids, rows, is_scaled))
+
+
+def _of_sorted(gradient, ids, rows: int, is_scaled: bool) -> Requests:
+    """Sort the ids, and add up the rows of each in parts of ten."""
+    count, each = ids.numel(), _bytes(ids)
+    kinds = min(count, rows)
     parts = count // 10 + kinds
-    sums = parts * (gradient.numel() // count) * _FLOAT
+    sums = parts * gradient.shape[-1] * _FLOAT
     kinds *= ids.element_size()
     places = parts * ids.element_size()
-    return *copy, each, each, each, 8, kinds, kinds, 8, places, sums
+    counts = (each,) if is_scaled else ()
+    return each, each, *counts, each, 8, kinds, kinds, 8, places, sums
+
+
+def of_index_put(args: tuple, gpu: Gpu) -> Requests:
+    """Sort the places where something is added, so that each is written by one."""
+    tensor, places, values, *adds = args[:4]
+    if not (adds and adds[0]):
+        return ()
+    found = [place for place in places if place is not None]
+    rows = math.prod(torch.broadcast_shapes(*(place.shape for place in found)))
+    left = [n for n, place in zip(tensor.shape, places, strict=False) if place is None]
+    count = rows * math.prod(left) * math.prod(tensor.shape[len(places) :])
+    is_whole = values.numel() == count and values.is_contiguous()
+    copy = () if is_whole else (count * values.element_size(),)
+    return rows * 8, *copy, rows * 8, rows * 8, rows * 8, 1
 
 
 def of_group_norm(args: tuple, gpu: Gpu) -> Requests:
@@ -123,34 +180,50 @@ def of_group_norm_backward(args: tuple, gpu: Gpu) -> Requests:
     return of_channels, of_channels, of_groups, of_groups, *scaled
 
 
-# Convolutions, where cuDNN is switched off ------------------------------------------
+def of_batch_norm(args: tuple, gpu: Gpu) -> Requests:
+    """Parts of the sums of channels, where these are the fastest axis."""
+    x, training = args[0], args[5]
+    if not training:
+        return ()
+    if _channels_last(x):
+        return _of_parts(x, 4)
+    return () if x.is_contiguous() or x.dtype not in _HALVES else (x.numel() * _FLOAT,)
 
 
-def of_convolution(args: tuple, gpu: Gpu) -> Requests:
-    """The patches of one sample, as a matrix."""
-    x, weight, bias, stride, padding, dilation, transposed, _, groups = args[:9]
-    if torch.backends.cudnn.enabled:
-        return ()  # a workspace of its own choice
-    return _patches(x, weight, stride, padding, dilation, transposed, groups)
+def of_batch_norm_backward(args: tuple, gpu: Gpu) -> Requests:
+    """Two sums for each channel, and their parts."""
+    gradient, x = args[:2]
+    if not _channels_last(x):
+        return ()
+    sums = x.shape[1] * _FLOAT
+    parts = _of_parts(x, 2) if _channels_last(gradient) else ()
+    weight = (_FLOAT,) if args[2] is None else ()
+    deviations = () if args[6].numel() else (sums,)  # which cuDNN did not keep
+    return *deviations, sums, sums, *parts, *weight
 
 
-def of_convolution_backward(args: tuple, gpu: Gpu) -> Requests:
-    """What forward takes, and a copy of a gradient that is one number expanded."""
-    gradient, x, weight, _, stride, padding, dilation, transposed, _, groups = args[:10]
-    copied = of_dense_gradient(args, gpu)
-    if torch.backends.cudnn.enabled:
-        return copied
-    patches = _patches(x, weight, stride, padding, dilation, transposed, groups)
-    return *copied, *patches
+def _channels_last(x: torch.Tensor) -> bool:
+    """Say whether channels are the fastest axis; a matrix's are."""
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return last or (x.dim() == 2 and x.is_contiguous())
 
 
-def _patches(x, weight, stride, padding, dilation, transposed, groups) -> Requests:
-    if groups == x.shape[1] and groups > 1 and not transposed:
-        return ()  # each channel by itself, by a kernel of its own
-    steps = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=False)
-    if transposed:
-        columns = weight[0].numel() * math.prod(x.shape[2:])
-    else:
-        sizes = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in steps)
-        columns = weight[0].numel() * math.prod(sizes)
-    return columns * x.element_size(), WORKSPACE
+def _of_parts(x: torch.Tensor, numbers: int) -> Requests:
+    """So many numbers for a channel in each block of rows.
+
+    Source: ``flexible_launch_configs`` in native/cuda/Normalization.cuh.
+    """
+    channels, rows = x.shape[1], x.numel() // x.shape[1]
+    wide = min(_power_of_two(channels), 32)
+    high = min(_power_of_two(-(-rows // 16)), 512 // wide)
+    if wide * high != 512:
+        wide = min(_power_of_two(channels), 512 // high)
+    blocks = min(-(-rows // (high * 16)), 128)
+    if blocks < 8:  # which is not worth it
+        return ()
+    return numbers * channels * blocks * _FLOAT, -(-channels // wide) * 4
+
+
+def _power_of_two(number: int) -> int:
+    """Round down to a power of two, from 1 up."""
+    return 1 << (max(number, 1).bit_length() - 1)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from helpers.allocator.blocks import Block, CachingAllocator
-from helpers.allocator.scratch import WORKSPACE, Gpu
+from helpers.allocator.scratch import APART, WORKSPACE, Gpu
 from helpers.timeline import Allocation, Event, Timeline
 
 MIB = 2**20
@@ -96,7 +96,9 @@ class Replay:
             number += 1
             if kind == "free":
                 self.allocator.free(self.blocks.pop(one))
-            elif _is_in_place(one, phase, events[number : number + 2]):
+            elif (place, wanted[1]) != (number, (APART,)) and _is_in_place(
+                one, phase, events[number : number + 2]
+            ):
                 self.blocks[one] = self.blocks.pop(events[number].allocation)
                 number += 1
             else:
@@ -106,7 +108,9 @@ class Replay:
         """Take what an operator needs for itself, and give it back."""
         taken: list[tuple[int, Block]] = []
         for n_bytes in requests:
-            if n_bytes == WORKSPACE:
+            if n_bytes == APART:
+                pass
+            elif n_bytes == WORKSPACE:
                 if in_backward not in self.workspaces:
                     block = self.allocator.allocate(self.workspace)
                     self.workspaces[in_backward] = block
@@ -124,11 +128,20 @@ def _is_in_place(one: Allocation, phase: str, following: list[Event]) -> bool:
 
     The engine does so with gradients that nobody else has, and attention with its mask;
     but not where the step is watched. Source: ``accumulate`` in
-    torch/csrc/autograd/input_buffer.cpp, and ``areAnyTensorSubclassLike``.
+    torch/csrc/autograd/input_buffer.cpp, and ``areAnyTensorSubclassLike`` in
+    FunctionsManual.cpp beside it.
     """
-    if one.op != "add" or not following:
-        return False
-    if phase != "backward" and following[-1].allocation.op != "_safe_softmax":
+    if not following:
         return False
     kind, other, *_ = following[0]
-    return kind == "free" and other.bytes == one.bytes
+    if kind != "free" or other.bytes != one.bytes:
+        return False
+    if one.op in _INTO_ZEROS and phase == "backward":
+        return other.op in ("new_zeros", "zeros", "zeros_like")
+    before_softmax = following[-1].allocation.op == "_safe_softmax"
+    return one.op == "add" and (phase == "backward" or before_softmax)
+
+
+# Gradients that PyTorch writes into zeros, where nobody watches.
+_INTO_ZEROS = {"scatter", "scatter_add", "index_put", "index_add", "index_fill"}
+_INTO_ZEROS |= {"masked_scatter"}

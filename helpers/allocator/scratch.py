@@ -8,7 +8,7 @@ matrix that cuBLAS cannot read as it lies, such as the gradient of ``output.sum(
 
 Source: ``setReduceConfig`` in Reduce.cuh and ``prepare_matrix_for_cublas`` in
 cuBlasCommonArgs.h, in ATen/native/cuda among the headers that PyTorch installs.
-``kernels`` has what a plain model does without.
+``rules`` has those of operators that a plain model does without.
 """
 
 import contextlib
@@ -35,6 +35,7 @@ class Gpu(NamedTuple):
 H100 = Gpu(132, 2048)  # also an H200
 _chosen: contextvars.ContextVar[Gpu | None] = contextvars.ContextVar("gpu")
 WORKSPACE = 0  # among what an operator requests: cuBLAS's, taken once and kept
+APART = -1  # and: a sum needs a place of its own, even where an addend is not needed
 _aten = torch.ops.aten
 
 
@@ -78,28 +79,28 @@ def requests_of(func: torch._ops.OpOverload, args: tuple, gpu: Gpu) -> Requests:
     Args:
         args: what the operator is called with, on any device.
     """
-    rule = _RULES.get(func._op)  # whose hash is C's, and faster
-    if rule is None:
-        return ()
-    if isinstance(rule, str):  # a plain model does without
-        from helpers.allocator import kernels
+    if func._op not in _RULES:  # its C handle, whose hash is faster
+        from helpers.allocator.rules import rule_of  # of what others take
 
-        _RULES[func._op] = rule = getattr(kernels, rule)
-    return rule(args, gpu)
+        _RULES[func._op] = rule_of(func)
+    rule = _RULES[func._op]
+    return rule(args, gpu) if rule else ()
 
 
 def _of_product(args: tuple, gpu: Gpu) -> Requests:
     """Copy what cuBLAS cannot read."""
-    matrices = [x for x in args if isinstance(x, torch.Tensor) and x.dim() > 1][-2:]
-    unread = (matrix for matrix in matrices if not _can_be_read(matrix))
+    factors = [x for x in args if isinstance(x, torch.Tensor)][-2:]
+    unread = (factor for factor in factors if not _can_be_read(factor))
     return (*(x.numel() * x.element_size() for x in unread), WORKSPACE)
 
 
 def _of_reduction(args: tuple, gpu: Gpu) -> Requests:
     """Give each block of threads a place for the part that it adds up."""
     x, dims = args[0], args[1] if len(args) > 1 else None
-    if not x.numel() or not x.is_floating_point():
+    if not x.numel():
         return ()
+    if not x.is_floating_point():  # they are counted in a wider type
+        return () if x.element_size() == 8 else (x.numel() * 8,)
     dims = range(x.dim()) if not dims else [dim % x.dim() for dim in dims]
     item_bytes = x.element_size()
     address = x.storage_offset() * item_bytes
@@ -107,39 +108,36 @@ def _of_reduction(args: tuple, gpu: Gpu) -> Requests:
     return _of_sum(axes, item_bytes, address, gpu)
 
 
+def _of_addition(args: tuple, gpu: Gpu) -> Requests:
+    """Say that neither addend can hold the sum: a view keeps what it is a view of."""
+    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    can_hold = (not x._is_view() and _is_dense(x) for x in tensors)
+    return () if len(tensors) < 2 or any(can_hold) else (APART,)
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    """Say whether a tensor has no gaps, and no number twice."""
+    pairs = zip(x.shape, x.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in pairs) == x.numel()
+
+
 _PRODUCTS = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.mv, _aten.addmv)
 _PRODUCTS += (_aten.dot, _aten.vdot, _aten.addbmm, _aten._addmm_activation)
-# Backward of these takes a gradient row by row.
-_DENSE = """native_layer_norm _fused_rms_norm max_pool2d_with_indices
-  max_pool3d_with_indices fractional_max_pool2d avg_pool2d avg_pool3d
-  adaptive_max_pool2d adaptive_max_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d
-  reflection_pad1d reflection_pad2d upsample_linear1d upsample_nearest1d
-  upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d
-  upsample_trilinear3d _upsample_nearest_exact1d _upsample_nearest_exact2d
-  _upsample_nearest_exact3d""".split()
-_DENSE_ONLY = [getattr(_aten, f"{name}_backward").default for name in _DENSE]
 _SUMS = _aten.sum.default, _aten.sum.dim_IntList, _aten.mean.default, _aten.mean.dim
-_RULE_OF: dict[torch._ops.OpOverload, Callable | str] = {
+_RULE_OF: dict[torch._ops.OpOverload, Callable] = {
     **dict.fromkeys((product.default for product in _PRODUCTS), _of_product),
     **dict.fromkeys(_SUMS, _of_reduction),
-    **dict.fromkeys(_DENSE_ONLY, "of_dense_gradient"),
-    _aten._scaled_dot_product_flash_attention_backward.default: "of_flash_backward",
-    _aten._scaled_dot_product_efficient_attention_backward.default: (
-        "of_efficient_backward"
-    ),
-    _aten._softmax_backward_data.default: "of_softmax_backward",
-    _aten._safe_softmax.default: "of_safe_softmax",
-    _aten.embedding_dense_backward.default: "of_embedding_backward",
-    _aten.native_group_norm.default: "of_group_norm",
-    _aten.native_group_norm_backward.default: "of_group_norm_backward",
-    _aten.convolution.default: "of_convolution",
-    _aten.convolution_backward.default: "of_convolution_backward",
+    _aten.add.Tensor: _of_addition,
 }
-_RULES = {func._op: rule for func, rule in _RULE_OF.items()}
+_RULES: dict[object, Callable | None] = {
+    func._op: rule for func, rule in _RULE_OF.items()
+}
 
 
 def _can_be_read(matrix: torch.Tensor) -> bool:
     """Say whether cuBLAS can read a matrix as it lies, by rows or by columns."""
+    if matrix.dim() == 1:
+        return matrix.stride(0) > 0 or len(matrix) == 1
     (rows, columns), (down, along) = matrix.shape[-2:], matrix.stride()[-2:]
     if 1 in (rows, columns) and (along if rows == 1 else down) == 1:
         return True  # a vector

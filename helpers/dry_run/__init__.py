@@ -25,7 +25,6 @@ from helpers.dry_run.kernels import (
     choose_kernels,
     follow_autocast,
     shared,
-    workspaces,
 )
 from helpers.dry_run.meta import (
     SHAPES,
@@ -125,6 +124,8 @@ class Imagined:
 
     def unknown(self, timeline: Timeline) -> tuple[str, ...]:
         """Name the operators whose memory is a library's own choice."""
+        from helpers.dry_run.libraries import workspaces  # when it is asked for
+
         return workspaces({event.allocation.op for event in timeline.events})
 
 

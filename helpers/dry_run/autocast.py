@@ -102,6 +102,11 @@ def _call(func: torch._ops.OpOverload, devices: frozenset[str], keys, *args, **k
     device, name = imagined_device.get(), func.overloadpacket.__name__
     if device not in devices:  # what it calls may be on the list
         return func.redispatch(keys - AUTOCAST, *args, **kwargs)
+    if device == "cuda" and name == "binary_cross_entropy":
+        raise RuntimeError(
+            "binary_cross_entropy may not be run under CUDA's autocast, where it loses "
+            "too much; give logits to binary_cross_entropy_with_logits"
+        )
     with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
         lower = torch.get_autocast_dtype(SWITCH)
         if name in RESULT[device]:

@@ -22,14 +22,6 @@ from helpers.checkpointing import Undo
 imagined_device: ContextVar[str | None] = ContextVar("imagined_device", default=None)
 # The functions below that were met there, by name.
 met: ContextVar[set[str]] = ContextVar("met")
-# Operators that a library runs, in a workspace of its own choice.
-_CUDNN = {"convolution": "convolution", "lstm": "LSTM", "gru": "GRU"}
-_CUDNN |= {"rnn_tanh": "RNN", "rnn_relu": "RNN"}
-_PACKED = {"_pack_padded_sequence": "packed sequences"}
-_LIBRARIES = {
-    "cuda": _CUDNN | _PACKED,
-    "cpu": {"mkldnn_rnn_layer": "LSTM"} | _PACKED,
-}
 _making = threading.RLock()
 _alive: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()
 _aten = torch.ops.aten
@@ -56,18 +48,15 @@ def choose_kernels(undo: Undo, device: str) -> None:
     undo.callback(met.reset, met.set(set()))
 
 
-def workspaces(operators: set[str]) -> tuple[str, ...]:
-    """Name those of some operators, and of the functions met, with such a workspace."""
-    names = _LIBRARIES[imagined_device.get()]
-    found = (operators | met.get()) & names.keys()
-    return tuple(sorted({names[name] for name in found}))
-
-
 # Functions that are made of others, and of other ones on one device than on another.
 _COMPOSITES = {
     "scaled_dot_product_attention": "attention",
+    "batch_norm": "fused",
     "group_norm": "layers",
+    "gru_cell": "fused",
+    "lstm_cell": "fused",
     "one_hot": "layers",
+    "rms_norm": "fused",
     "lstm.input": "layers",
     "gru.input": "layers",
     "rnn_tanh.input": "layers",
@@ -84,6 +73,10 @@ def _registered() -> Library:
         func = getattr(getattr(_aten, packet), overload or "default")
         library.impl(name, functools.partial(_composite, func, home))
     library.impl("mish_backward", _mish_backward)
+    library.more = Library("aten", "IMPL", "Meta")
+    for name in ("_thnn_fused_gru_cell", "_thnn_fused_gru_cell_backward"):
+        func = getattr(_aten, name).default  # which PyTorch has not for meta tensors
+        library.more.impl(name, functools.partial(_composite, func, "fused"))
     return library
 
 
@@ -135,6 +128,11 @@ def on_host(func: torch._ops.OpOverload, out: object) -> object:
         return out
     on_cpu = {"dtype": torch.long, "device": "cpu"}
     return (*out[:2], *(torch.empty((), **on_cpu) for _ in range(2)))
+
+
+# Of these CUDA makes another output than meta kernels say.
+OTHERWISE = """binary_cross_entropy col2im log_sigmoid_forward
+  soft_margin_loss""".split()
 
 
 # Autocast ---------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from helpers.checkpointing import refuse_opaque
-from helpers.dry_run.kernels import AUTOCAST, on_host
+from helpers.dry_run.kernels import AUTOCAST, OTHERWISE, on_host
 
 if TYPE_CHECKING:
     from helpers.dry_run.copies import Copies
@@ -167,6 +167,11 @@ class RememberedShapes:
         except NotImplementedError:  # there is no meta kernel
             if not (answer := _ask_cpu(func, args, kwargs)):
                 raise
+            return make(answer, values), answer
+        if not self._on_cpu and func.overloadpacket.__name__ in OTHERWISE:
+            from helpers.dry_run.fused import as_cuda_makes  # for few
+
+            answer = as_cuda_makes(func, args, answer)
             return make(answer, values), answer
         if self._on_cpu and answer is not None and not is_trusted(func, values):
             if differs := _ask_cpu(func, args, kwargs, answer):

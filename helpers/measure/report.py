@@ -103,7 +103,9 @@ class StepReport:
         if self.source == "predicted" or not self.scratch_bytes:
             del rows["scratch of kernels"]  # it differs from one GPU to the next
         if self.unknown:
+            others = not {"FFT", "linear algebra"}.isdisjoint(self.unknown)
             library = "cuDNN" if self.device == "cuda" else "oneDNN"
+            library = "a library" if others else library
             rows["not known"] = f"{library}'s workspace for {', '.join(self.unknown)}"
         if self.step_ms is not None:
             low, high = self.step_ms_quartiles

@@ -88,11 +88,15 @@ def test_a_sum_over_everything_names_no_axis():
     assert scratch_bytes(SUM, (x, []), H100) == 1024
 
 
-def test_other_operators_and_empty_or_whole_numbers_take_nothing():
+def test_other_operators_and_empty_tensors_take_nothing():
     x = rows_of(8192)
     assert scratch_bytes(torch.ops.aten.relu.default, (x,), H100) == 0
     assert scratch_bytes(SUM, (x[:0], [0]), H100) == 0
-    assert scratch_bytes(SUM, (x > 0, [0]), H100) == 0
+
+
+def test_what_is_true_is_counted_in_int64():
+    x = rows_of(8192) > 0
+    assert scratch_bytes(SUM, (x, [0]), H100) == x.numel() * 8
 
 
 # In a step

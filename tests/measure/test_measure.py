@@ -399,12 +399,14 @@ def test_a_prediction_holds_beside_measurements_on_another_thread():
 
     thread = threading.Thread(target=keep_measuring)
     thread.start()
+    found = []
     try:
-        found = [predict(small, x, MIXED[2], **settings) for _ in range(40)]
+        while thread.is_alive() and (len(found) < 40 or len(measured) < 4):
+            found.append(predict(small, x, MIXED[2], **settings))
     finally:
         stop.set()
         thread.join()
-    assert not errors and len(measured) > 2
+    assert not errors
     assert all(numbers(report) == numbers(expected) for report in found)
     assert all(numbers(report) == numbers(measured[0]) for report in measured)
 

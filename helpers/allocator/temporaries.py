@@ -1,0 +1,152 @@
+"""What operators keep for themselves on the way: copies, and numbers not yet summed.
+
+Each rule takes an operator's arguments and the GPU, and tells what it requests beside
+its outputs. Source: the operators' files in aten/src/ATen/native and native/cuda.
+"""
+
+import math
+
+import torch
+
+from helpers.allocator.scratch import Gpu
+from helpers.timeline.operators import Requests
+
+_NONE = 0  # a loss's reduction: none
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _reduces(args: tuple, place: int) -> bool:
+    """Say whether a loss is one number, by the argument at a place; default: a mean."""
+    return len(args) <= place or args[place] != _NONE
+
+
+# Losses -----------------------------------------------------------------------------
+
+
+def of_loss(args: tuple, gpu: Gpu) -> Requests:
+    """The loss of each number, before their mean."""
+    sizes = torch.broadcast_shapes(args[0].shape, args[1].shape)
+    return (math.prod(sizes) * args[0].element_size(),) if _reduces(args, 2) else ()
+
+
+def of_distance(args: tuple, gpu: Gpu) -> Requests:
+    sizes = torch.broadcast_shapes(args[0].shape, args[1].shape)
+    return (math.prod(sizes) * args[0].element_size(),)
+
+
+def of_bce(args: tuple, gpu: Gpu) -> Requests:
+    """The mean, which is copied to where the losses were."""
+    place = 3 if len(args) > 2 and not isinstance(args[2], int) else 2
+    return (args[0].element_size(),) if _reduces(args, place) else ()
+
+
+def of_bce_with_logits(args: tuple, gpu: Gpu) -> Requests:
+    """Logarithms of the probabilities, and the losses."""
+    n_bytes = _bytes(args[0])
+    return (n_bytes, n_bytes) if _reduces(args, 4) else (n_bytes,)
+
+
+def of_soft_margin_backward(args: tuple, gpu: Gpu) -> Requests:
+    return _bytes(args[1]), _bytes(args[1])
+
+
+def of_margin(args: tuple, gpu: Gpu) -> Requests:
+    """The loss of each row."""
+    x, place = args[0], 2 if isinstance(args[2], int) and len(args) == 3 else 5
+    rows = x.shape[0] if x.dim() > 1 else 1
+    return (rows * x.element_size(),) if _reduces(args, place) else ()
+
+
+# Copies -----------------------------------------------------------------------------
+
+
+def of_contiguous(args: tuple, gpu: Gpu) -> Requests:
+    """A copy of what does not lie row by row, such as a sum's gradient, expanded."""
+    return () if args[0].is_contiguous() else (_bytes(args[0]),)
+
+
+def of_all_contiguous(args: tuple, gpu: Gpu) -> Requests:
+    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    return tuple(_bytes(x) for x in tensors if not x.is_contiguous())
+
+
+def of_rrelu(args: tuple, gpu: Gpu) -> Requests:
+    """What comes in and what goes out, row by row."""
+    return () if args[0].is_contiguous() else (_bytes(args[0]), _bytes(args[0]))
+
+
+def of_largest(args: tuple, gpu: Gpu) -> Requests:
+    """What comes in and what goes out, with its places, row by row."""
+    x, sizes = args
+    if x.is_contiguous():
+        return ()
+    count = math.prod(x.shape[:-2]) * math.prod(sizes)
+    return count * x.element_size(), count * 8, _bytes(x)
+
+
+def of_largest_backward(args: tuple, gpu: Gpu) -> Requests:
+    gradient, x, places = args
+    out = () if x.is_contiguous() else (_bytes(x),)
+    return *of_all_contiguous((gradient, places), gpu), *out
+
+
+def of_copy(args: tuple, gpu: Gpu) -> Requests:
+    return (_bytes(args[0]),)
+
+
+def of_patches(args: tuple, gpu: Gpu) -> Requests:
+    """What is made as large as the input, before it grows."""
+    return *of_contiguous(args, gpu), _bytes(args[0])
+
+
+def of_power(args: tuple, gpu: Gpu) -> Requests:
+    """The number that is raised."""
+    return (8,)
+
+
+# Along an axis ----------------------------------------------------------------------
+
+
+def of_logsumexp(args: tuple, gpu: Gpu) -> Requests:
+    """The exponentials, and the largest of each row."""
+    x, dims = args[0], args[1]
+    rows = x.numel() // math.prod(x.shape[dim] for dim in dims)
+    return _bytes(x), rows * x.element_size()
+
+
+def of_sort(args: tuple, gpu: Gpu) -> Requests:
+    """The places, before they are copied to each row."""
+    x, dim = args[0], args[1] if len(args) > 1 else -1
+    return (x.shape[dim] * 8,)
+
+
+def of_unfold_backward(args: tuple, gpu: Gpu) -> Requests:
+    _, sizes, dim = args[:3]
+    return (sizes[dim] * 8,)
+
+
+def of_renorm(args: tuple, gpu: Gpu) -> Requests:
+    """A factor for each part."""
+    return (args[0].shape[args[2]] * args[0].element_size(),)
+
+
+def of_affine_grid(args: tuple, gpu: Gpu) -> Requests:
+    """The places before they are moved, each with a 1."""
+    theta, (rows, _, *sizes) = args[:2]
+    return (rows * math.prod(sizes) * (len(sizes) + 1) * theta.element_size(),)
+
+
+# Pairs of rows ----------------------------------------------------------------------
+
+
+def of_cdist_backward(args: tuple, gpu: Gpu) -> Requests:
+    gradient, rows = args[:2]
+    return (gradient.numel() * rows.shape[-1] * rows.element_size(),)
+
+
+def of_pdist_backward(args: tuple, gpu: Gpu) -> Requests:
+    rows, width = args[1].shape
+    return ((rows - 1) * rows * width * args[1].element_size(),)
