@@ -154,13 +154,9 @@ class Planner:
         if self._pool is None:
             estimate = Estimate(self.judge.watch())
             is_wrong = self.judge.is_wrong
-            units = [
-                unit
-                for unit in offered(estimate)
-                if self._may(unit.names)
-                and unit.names not in self.banned
-                and not is_wrong(Plan((unit.names,)))
-            ]
+            may = [unit for unit in offered(estimate) if self._may(unit.names)]
+            may = [unit for unit in may if unit.names not in self.banned]
+            units = [unit for unit in may if not is_wrong(Plan((unit.names,)))]
             if self.measured:
                 self._take_times(units)
             estimate.offer(units)
