@@ -11,6 +11,7 @@ import torch
 
 from helpers import Plan, inspect_model, plan_for, predict, verify
 from helpers.measure import measure
+from helpers.recording.published import models
 
 try:
     import timm
@@ -70,3 +71,22 @@ def test_a_budget_is_kept_and_the_printed_code_runs(name):
         torch.nn.functional.cross_entropy(one(batch[0]), batch[1]).backward()
     pairs = zip(model.parameters(), other.parameters(), strict=True)
     assert all(torch.equal(a.grad, b.grad) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [("resnet50", models.resnet), ("densenet121", models.densenet)]
+    + [("vit_l_16", models.ViT)],
+)
+def test_what_published_figures_are_held_against_is_torchvisions(name, ours):
+    """Their sources measured torchvision's models, and ours need the same bytes."""
+    batch = torch.empty(4, 3, 224, 224, device="meta"), torch.zeros(4, dtype=torch.long)
+    with torch.device("meta"):
+        reports = [
+            predict(make(), batch, optimizer=torch.optim.AdamW)
+            for make in (getattr(torchvision.models, name), ours)
+        ]
+    theirs, ours = (
+        (r.peak_bytes, r.allocator_peak_bytes, r.forward_flops) for r in reports
+    )
+    assert ours == theirs

@@ -16,6 +16,7 @@ from helpers.checkpointing import Undo
 from helpers.measure import predict
 from tests.nocard.by_hand import allocator_of, fresh
 from tests.nocard.cases import GROUPS, Case
+from tests.nocard.table import example, hold
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,24 +38,26 @@ def without_cudnn():
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_loop_by_hand_is_counted_as_predicted(group, capsys):
-    errors, count = [], 0
+    errors, count, examples = [], 0, []
     for case in GROUPS[group]():
         for plan in case.plans:
             count += 1
-            if error := difference(case, plan):
+            counted = allocator_of(case, plan)
+            examples += example(case, plan, counted)
+            if error := difference(case, plan, counted):
                 errors.append(f"{case}, {plan}: {error}")
     with capsys.disabled():
         equal = f"{count - len(errors)} of {count} cases equal"
         print(f"\n{torch.cuda.get_device_name()}, {group}: {equal}")
     assert not errors, "\n".join(errors)
+    hold(group, count, count - len(errors), examples)
 
 
-def difference(case: Case, plan) -> dict[str, int]:
+def difference(case: Case, plan, counted: dict[str, int]) -> dict[str, int]:
     """Tell by how many bytes what is counted differs from what is predicted."""
     with torch.device("meta"):
         model, batch = case.make_model(), case.make_batch()
     predicted = predict(model, batch, plan, **case.settings)
-    counted = allocator_of(case, plan)
     if predicted.unknown:  # a convolution takes scratch before its last output
         del counted["reserved_peak_bytes"]
     both = {name: (n, getattr(predicted, name)) for name, n in counted.items()}
