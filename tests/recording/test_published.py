@@ -10,6 +10,8 @@ from helpers.measure import predict
 from helpers.models import GPT, DocsMLP, uniform_mlp
 from helpers.recording.published import cuda_code, figures, times
 from tests.nocard.cases import GROUPS, token_loss
+from tests.notebooks.navigation import ROOT
+from tests.notebooks.notebook import Notebook
 
 CARDS = ["H100", "A100", "T4"]
 
@@ -79,3 +81,9 @@ def test_examples_are_predicted_to_the_byte():
         report = predict(make, batch, plan, gpu=row.card, **how)
         assert report.allocator_peak_bytes == row.allocator_peak_bytes, row
         assert report.reserved_peak_bytes == row.reserved_peak_bytes, row
+
+
+def test_the_notebook_links_each_source(found):
+    prose = Notebook.read(ROOT / "notebooks/13_is_it_true.ipynb").prose
+    text = "\n".join(cell.source for _, cell in prose)
+    assert [link for link in {*found.link, *times().link} if link not in text] == []

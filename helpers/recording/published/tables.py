@@ -149,7 +149,7 @@ def counted(rows: list[dict]) -> list[int]:
 
 
 def figures() -> "pd.DataFrame":
-    """Read what others published, and predict the same: in bytes, and the error."""
+    """Read what others published, and predict the same: in bytes, and in their unit."""
     import pandas as pd  # here, since a bare machine with a GPU has none
 
     rows = json.loads(FIGURES.read_text())["figures"]
@@ -158,9 +158,17 @@ def figures() -> "pd.DataFrame":
         processes.setdefault(row.get("process", place), []).append(row)
     ours = [n_bytes for group in processes.values() for n_bytes in counted(group)]
     found = pd.DataFrame([row for group in processes.values() for row in group])
-    theirs = found.published.astype(float) * found.unit.map(UNITS)
-    error = 100 * (pd.Series(ours) / theirs - 1)
-    return found.assign(theirs_bytes=theirs, ours_bytes=ours, error_percent=error)
+    sizes = found.unit.map(UNITS)
+    theirs = found.published.astype(float) * sizes
+    return found.assign(
+        theirs_bytes=theirs,
+        ours_bytes=ours,
+        error_percent=100 * (pd.Series(ours) / theirs - 1),
+        ours=[
+            f"{n / size:.{len(text.partition('.')[2])}f}"  # with as many digits
+            for n, size, text in zip(ours, sizes, found.published, strict=True)
+        ],
+    )
 
 
 def times() -> "pd.DataFrame":
@@ -179,4 +187,5 @@ def cuda_code() -> tuple["pd.DataFrame", "pd.DataFrame"]:
     import pandas as pd
 
     found = json.loads(CUDA_CODE.read_text())
-    return pd.DataFrame(found["counts"]), pd.DataFrame(found["examples"])
+    counts = pd.DataFrame(found["counts"]).assign(torch=found["torch"])
+    return counts, pd.DataFrame(found["examples"])
