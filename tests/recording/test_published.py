@@ -8,7 +8,9 @@ import torch
 from helpers.checkpointing import Plan
 from helpers.measure import predict
 from helpers.models import GPT, DocsMLP, uniform_mlp
+from helpers.recording import RecordingError
 from helpers.recording.published import cuda_code, figures, times
+from helpers.recording.published.tables import read
 from tests.nocard.cases import GROUPS, token_loss
 from tests.notebooks.navigation import ROOT
 from tests.notebooks.notebook import Notebook
@@ -87,3 +89,13 @@ def test_the_notebook_links_each_source(found):
     prose = Notebook.read(ROOT / "notebooks/13_is_it_true.ipynb").prose
     text = "\n".join(cell.source for _, cell in prose)
     assert [link for link in {*found.link, *times().link} if link not in text] == []
+
+
+@pytest.mark.parametrize("text", ["", '{"torch": "2.13.0", "counts": [', "{}"])
+def test_a_part_of_a_table_is_told_in_a_sentence(text, tmp_path):
+    path = tmp_path / "cuda_code.json"
+    path.write_text(text)
+    with pytest.raises(RecordingError, match="is no table, or only a part of one"):
+        read(path, "counts")
+    with pytest.raises(RecordingError, match="put back the file"):
+        read(tmp_path / "nowhere.json", "counts")

@@ -96,13 +96,12 @@ def densenet(
         if stage:
             layers += [*normalised(channels, channels // 2, 1), nn.AvgPool2d(2, 2)]
             channels //= 2
-        block = DenseBlock()
+        layers.append(DenseBlock())
         for _ in range(count):
-            parts = normalised(channels, 4 * growth, 1)
-            parts += normalised(4 * growth, growth, 3, 1, 1)
-            block.append(nn.Sequential(*parts))
+            wide = normalised(channels, 4 * growth, 1)
+            new = nn.Sequential(*wide, *normalised(4 * growth, growth, 3, 1, 1))
+            layers[-1].append(new)
             channels += growth
-        layers.append(block)
     layers += [Norm(channels), relu, nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     return nn.Sequential(*layers, nn.Linear(channels, 1000))
 

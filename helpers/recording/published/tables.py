@@ -23,6 +23,7 @@ from helpers.checkpointing import Plan, checkpointed
 from helpers.dry_run import as_on
 from helpers.measure import training_step
 from helpers.recording.published import models
+from helpers.recording.recorded import RecordingError
 from helpers.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -148,11 +149,25 @@ def counted(rows: list[dict]) -> list[int]:
     return counts
 
 
+def read(path: Path, name: str) -> list[dict] | str:
+    """Read one list of a file.
+
+    Raises:
+        RecordingError: if the file is not whole.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))[name]
+    except (OSError, ValueError, KeyError) as error:
+        raise RecordingError(
+            f"{path} is no table, or only a part of one ({error!r}); put back the file"
+        ) from None
+
+
 def figures() -> "pd.DataFrame":
     """Read what others published, and predict the same: in bytes, and in their unit."""
     import pandas as pd  # here, since a bare machine with a GPU has none
 
-    rows = json.loads(FIGURES.read_text())["figures"]
+    rows = read(FIGURES, "figures")
     processes: dict[object, list[dict]] = {}
     for place, row in enumerate(rows):
         processes.setdefault(row.get("process", place), []).append(row)
@@ -175,8 +190,10 @@ def times() -> "pd.DataFrame":
     """Read published times, and count the FLOPs of the same plans; both in per cent."""
     import pandas as pd
 
-    found = pd.DataFrame(json.loads(FIGURES.read_text())["times"])
-    flops = [Step(**step).record()[1].flops for step in found.step]
+    found, flops = pd.DataFrame(read(FIGURES, "times")), []
+    for step, gpu in zip(found.step, found.gpu, strict=True):
+        with on_gpu(gpu):
+            flops.append(Step(**step).record()[1].flops)
     again = [100 * one["recompute"] / (3 * one["forward"]) for one in flops]
     more = 100 * (found.checkpointed / found.plain - 1)
     return found.assign(more_time_percent=more, more_flops_percent=again)
@@ -186,6 +203,6 @@ def cuda_code() -> tuple["pd.DataFrame", "pd.DataFrame"]:
     """Read what PyTorch's own CUDA code counted: cases by card, and some of them."""
     import pandas as pd
 
-    found = json.loads(CUDA_CODE.read_text())
-    counts = pd.DataFrame(found["counts"]).assign(torch=found["torch"])
-    return counts, pd.DataFrame(found["examples"])
+    counts, examples = (read(CUDA_CODE, name) for name in ("counts", "examples"))
+    found = pd.DataFrame(counts).assign(torch=read(CUDA_CODE, "torch"))
+    return found, pd.DataFrame(examples)
