@@ -23,6 +23,11 @@ def found():
     return figures()
 
 
+@pytest.fixture(scope="module")
+def timed():
+    return times()
+
+
 def test_each_figure_is_as_near_as_it_says(found):
     """A tenth of a per cent, or as many as its row has, which then says why."""
     within = found.within.fillna(0.1)
@@ -44,10 +49,9 @@ def test_what_is_of_four_digits_and_without_cudnn_is_near(found):
     assert len(exact) >= 8 and (exact.error_percent.abs() <= 0.1).all()
 
 
-def test_times_are_beside_flops_of_a_forward_at_most():
-    found = times()
-    assert (found.more_time_percent > 10).all()
-    assert found.more_flops_percent.between(1, 100 / 3).all()
+def test_times_are_beside_flops_of_a_forward_at_most(timed):
+    assert (timed.more_time_percent > 10).all()
+    assert timed.more_flops_percent.between(1, 100 / 3).all()
 
 
 def test_each_case_is_equal_on_each_card():
@@ -85,10 +89,10 @@ def test_examples_are_predicted_to_the_byte():
         assert report.reserved_peak_bytes == row.reserved_peak_bytes, row
 
 
-def test_the_notebook_links_each_source(found):
+def test_the_notebook_links_each_source(found, timed):
     prose = Notebook.read(ROOT / "notebooks/13_is_it_true.ipynb").prose
     text = "\n".join(cell.source for _, cell in prose)
-    assert [link for link in {*found.link, *times().link} if link not in text] == []
+    assert [link for link in {*found.link, *timed.link} if link not in text] == []
 
 
 @pytest.mark.parametrize("text", ["", '{"torch": "2.13.0", "counts": [', "{}"])

@@ -2,6 +2,12 @@
 
 What an allocator says depends on all that a process did before, since blocks are used
 again. So it is replayed from the first step on, for all models of one process.
+
+A row of ``figures.json`` has the figure as it was ``published``, with all digits; the
+``card``, "?" where none is named, and the ``gpu`` that it is predicted for; ``count``,
+of ``COUNTS``, and ``step``, of ``Step``; how many ``steps`` had run, if not several;
+whether that version's allocator held cuBLAS's ``workspace``; and, if it is not within
+a tenth of a per cent, ``within`` how many, and ``why``.
 """
 
 import functools
