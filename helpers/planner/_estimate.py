@@ -136,14 +136,12 @@ class Estimate:
     def offer(self, units: list[Unit]) -> None:
         """Take the units that plans are made of, and lay out the tables for them."""
         self.units, calls = units, self.watched.calls
-        self.costs = torch.tensor(
-            [unit.cost for unit in units], dtype=torch.float64, device="cpu"
-        )
+        costs = [unit.cost for unit in units]
+        self.costs = torch.tensor(costs, dtype=torch.float64, device="cpu")
         runs = [(row, run) for row, unit in enumerate(units) for run in unit.runs]
         self.run_unit = on_cpu(row for row, _ in runs)
-        self.covers = torch.zeros(
-            len(runs), len(calls) + 1, device="cpu"
-        )  # the last is no call
+        size = len(runs), len(calls) + 1  # the last is no call
+        self.covers = torch.zeros(*size, device="cpu")
         for row, (_, run) in enumerate(runs):
             self.covers[row, run.first : run.end] = row + 1  # antichains: one a call
         held = {it.made for it in self.watched.saved}
