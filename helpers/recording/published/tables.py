@@ -145,7 +145,7 @@ def counted(rows: list[dict]) -> list[int]:
             if one.category == "input":
                 batch[one.bytes] = replay.blocks[one]
     for row, (replay, first, last) in zip(rows, runs, strict=True):
-        allocator.forget_peaks()
+        allocator.most_allocated_bytes = allocator.allocated_bytes
         for step in [first, last, last][: row.get("steps")]:
             replay.run(step)
         counts.append(COUNTS[row["count"]](allocator, step))
