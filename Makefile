@@ -54,11 +54,12 @@ test-cuda: $(CUDA_VENV)/.installed
 	tests/nocard/test.sh $(CUDA_VENV)
 
 # The empty folder is for a pip that would find a wheel without CUDA nearer by.
-$(CUDA_VENV)/.installed: requirements.lock
+$(CUDA_VENV)/.installed: requirements.lock Makefile
 	$(PYTHON) -m venv $(CUDA_VENV)
 	mkdir -p $(CUDA_VENV)/none
 	PIP_FIND_LINKS=$(CURDIR)/$(CUDA_VENV)/none $(CUDA_VENV)/bin/pip install \
 	  -c requirements.lock torch torchvision timm numpy pandas tqdm pytest transformers \
+	  matplotlib ipython ipywidgets cloudpickle \
 	  'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-cccl==13.0.*'
 	touch $@
 
