@@ -63,8 +63,11 @@ def assert_predicted(model, batch, plans, **settings) -> None:
 
 @pytest.fixture(autouse=True)
 def empty_cache():
-    """Let each test begin as a new process would."""
+    """Let each test begin as a new process would, and collect nothing older."""
     fresh()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

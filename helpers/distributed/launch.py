@@ -112,8 +112,7 @@ def _torchrun(folder: str, ranks: int, device: str) -> Iterator[subprocess.Popen
         "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
-    if device == "cpu":  # or FSDP2 would take the GPUs that it sees
-        settings["CUDA_VISIBLE_DEVICES"] = ""
+    settings |= {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}  # for FSDP2
     command = [sys.executable, "-m", "torch.distributed.run", "--local-addr=127.0.0.1"]
     command += ["--rdzv-backend=c10d", "--rdzv-conf=store_type=file"]
     command += [f"--rdzv-endpoint={folder}/torchrun", f"--nproc-per-node={ranks}"]
