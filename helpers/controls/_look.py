@@ -6,14 +6,8 @@ import ipywidgets as widgets
 
 from helpers.models import ACTIVATIONS
 
-# The glyph of an icon is its button's name, before the title, unless it is told to be
-# silent; so a screen reader says what the title says.
-GLYPHS = {"link": "f0c1", "clock-o": "f017"}
-GLYPHS |= {"caret-right": "f0da", "caret-down": "f0d7"}
-SILENT_ICONS = "".join(
-    f".layer-lab .fa-{icon}::before {{content: '\\{glyph}' / ''}}\n"
-    for icon, glyph in GLYPHS.items()
-)
+BESIDE = {"flex_flow": "row wrap"}  # the picture goes below where there is no room
+ROOMY = {"flex": "100 1 560px", "min_width": "0"}  # what gets the rest of a row
 WIDE = {"width": "216px"}  # of what stands in a row of its own
 
 
@@ -40,10 +34,7 @@ def sentence(error: BaseException) -> str:
 
 def status(text: str, note: str = "", wrong: bool = False) -> str:
     """Write a line that screen readers announce when it changes."""
-    color = "#B00020" if wrong else "inherit"
-    if note:
-        note = f'<br><span style="opacity:.75">{html.escape(note)}</span>'
-    return (
-        f'<div role="status" aria-live="polite" style="color:{color};'
-        f'font-size:14px;line-height:1.4">{html.escape(text)}{note}</div>'
-    )
+    kind = ' class="wrong"' if wrong else ""
+    note = f'<div class="more">{html.escape(note)}</div>' if note else ""
+    said = f"<div{kind}>{html.escape(text)}</div>{note}"
+    return f'<div role="status" aria-live="polite">{said}</div>'

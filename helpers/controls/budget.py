@@ -11,7 +11,7 @@ import ipywidgets as widgets
 
 from helpers.checkpointing import Plan
 from helpers.controls._findings import added_work
-from helpers.controls._look import sentence, status
+from helpers.controls._look import BESIDE, sentence, status
 from helpers.controls.lab import LayerLab
 from helpers.measure import StepReport
 from helpers.planner import InfeasibleBudget, Planner
@@ -76,7 +76,7 @@ class BudgetLab(widgets.HBox):
         self.least.on_click(lambda _: self.lab.later(self._take_least))
         row = widgets.HBox([self.slider, self.field, self.unit, self.least])
         row.layout.align_items = "center"
-        lab = widgets.HBox(self.lab.children)
+        lab = widgets.HBox(self.lab.children, layout=BESIDE)
         super().__init__([widgets.VBox([row, self.verdict, lab], layout={"flex": "1"})])
         self.add_class("layer-lab").add_class("budget-lab")
         self.lab.on_shown = self._shown

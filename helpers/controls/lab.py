@@ -6,7 +6,7 @@ would share the random numbers), and the next flip waits for one step at most.
 """
 
 import base64
-import html
+import textwrap
 import threading
 from collections.abc import Callable, Generator
 from operator import attrgetter
@@ -18,8 +18,15 @@ from torch import nn
 from helpers.checkpointing import Plan
 from helpers.controls._findings import describe
 from helpers.controls._idle import IdleWork
-from helpers.controls._look import SILENT_ICONS, WIDE, control, sentence, status
-from helpers.controls._picture import HEIGHT, WIDTH, LabPicture, smaller
+from helpers.controls._look import (
+    BESIDE,
+    ROOMY,
+    WIDE,
+    control,
+    sentence,
+    status,
+)
+from helpers.controls._picture import Picture
 from helpers.controls._recorded import RecordedChoice
 from helpers.controls.rows import Rows
 from helpers.controls.state import LabState
@@ -75,7 +82,6 @@ class LayerLab(widgets.HBox):
         self.on_shown: Callable[[], None] = lambda: None
         self._pending: Callable | None = None
         self._work = IdleWork(self.guarded)
-        self.drawer, self._png = LabPicture(), b""
         self.controls = {n: control(n, v) for n, v in self.state.values.items()}
         for one in self.controls.values():
             one.observe(lambda _: self.later(self._show), "value")
@@ -85,9 +91,9 @@ class LayerLab(widgets.HBox):
         self.measure_button = widgets.Button(description="Measure", **look)
         self.measure_button.on_click(lambda _: self.later(self._toggle_measuring))
         self.recorded = RecordedChoice(lambda: self.later(self._draw))
-        self.picture = widgets.HTML().add_class("layer-lab-picture")
+        self.picture = Picture(lambda plan: self.guarded(lambda: self._apply(plan)))
         self.readout = widgets.HTML().add_class("layer-lab-readout")
-        super().__init__(self._arranged())
+        super().__init__(self._arranged(), layout=BESIDE)
         self.add_class("layer-lab")
         self._wrong = ""  # what the panel says instead of a finding
         self._built = False  # whether the rows are those of the fields' model
@@ -121,21 +127,19 @@ class LayerLab(widgets.HBox):
         """Show the panel; where there are no widgets, its picture or its sentence."""
         bundle = super()._repr_mimebundle_(**kwargs)
         bundle["text/plain"] = self._wrong or self.finding
-        if self._png:
-            bundle["image/png"] = base64.b64encode(smaller(self._png)).decode()
+        if self.picture.png:
+            bundle["image/png"] = base64.b64encode(self.picture.png).decode()
         return bundle
 
     # How it is built ------------------------------------------------------------------
 
     def _arranged(self) -> list[widgets.Widget]:
-        style = f"<style>{SILENT_ICONS}</style>"
-        icons = widgets.HTML(style, layout={"display": "none"})
         left = [*self.controls.values(), self._make_shortcuts(), self.rows]
-        left += [self.measure_button, self.recorded, icons]
-        room = {"width": "336px" if self.state.tree else "252px", "flex": "0 0 auto"}
-        rest = {"flex": "1 1", "min_width": "0"}
-        shown = widgets.VBox([self.picture, self.readout], layout=rest)
-        return [widgets.VBox(left, layout=room), shown]
+        left += [self.measure_button, self.recorded]
+        width = "344px" if self.state.tree else "264px"
+        controls = widgets.VBox(left, layout={"flex": f"1 1 {width}"})
+        shown = widgets.VBox([self.picture, self.readout], layout=ROOMY)
+        return [controls.add_class("layer-lab-controls"), shown]
 
     def _make_shortcuts(self) -> widgets.VBox:
         look = {"description": "of", "layout": {"width": "84px", "margin": "1px"}}
@@ -212,7 +216,7 @@ class LayerLab(widgets.HBox):
         self._work.stop()
         self._wrong, self.readout.value = reason, status(reason, wrong=True)
         if not self.finding:
-            self.picture.value, self._png = "", b""
+            self.picture.clear()
 
     def _show(self) -> None:
         """Predict the present plan, draw it, and let the measurement follow.
@@ -240,17 +244,14 @@ class LayerLab(widgets.HBox):
         if not self.finding:
             return
         state, found = self.state, self.state.answers
-        self.rows.show_kept(state.shown, *found.kept)
-        more = found.predictions, [*found.measured.values()], self.recorded.pairs
-        self._png = self.drawer.draw(*found.reports, *more)
         note = state.note + self.recorded.note(state.shown) + state.caution
+        rows = self.rows.as_text(state.shown)
+        around = rows, [self.finding, *textwrap.wrap(note, 160)[:2]]
+        self.picture.show(
+            found, self.recorded.pairs, around=around
+        )  # first, to be soon
         self._wrong, self.readout.value = "", status(self.finding, note)
-        source = base64.b64encode(self._png).decode()
-        self.picture.value = (
-            f'<img alt="{html.escape(self.finding)}" width="{WIDTH}" '
-            f'style="max-width:100%;height:auto;aspect-ratio:{WIDTH}/{HEIGHT}" '
-            f'src="data:image/png;base64,{source}">'
-        )
+        self.rows.show_kept(state.shown, *found.kept)
         self.on_shown()
 
     def _say_of_ticked(self, note: str) -> None:

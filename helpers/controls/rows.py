@@ -62,16 +62,12 @@ class Row(widgets.HBox):
         self.join = self._make_join() if node.before else None
         self.fold = None
         parts = [self.join or widgets.Box(layout=share.layout(width="30px"))]
-        room, margin = {"width": "76px"}, "0 0 0 4px"
         if tree:
             parts.append(self._make_fold())
-            room = {"width": "auto", "flex": "1 1 auto", "min_width": "0"}
-            margin = "0 6px"
-        look = {"description": node.label, "layout": share.layout(**room)}
+        room = share.layout(width="auto", flex="1 1 auto", min_width="0")
+        look = {"description": node.label, "tooltip": node.about, "layout": room}
         self.box = share.make(widgets.Checkbox, indent=False, **look)
-        if tree:
-            self.box.tooltip = node.about
-        self.kept = share.make(widgets.HTML, layout=share.layout(margin=margin))
+        self.kept = share.make(widgets.HTML, layout=share.layout(margin="0 6px"))
         super().__init__([*parts, self.box, self.kept], layout=self._bar())
 
     def _make_join(self) -> widgets.ToggleButton:
@@ -111,10 +107,8 @@ class Row(widgets.HBox):
         names, key = set(plan.names), self.node.key
         continued = key in names and not any(s[0] == key for s in plan.segments)
         self.layout = self._bar(names.issuperset(self.node.names), continued)
-        style = "font-variant-numeric:tabular-nums;white-space:nowrap"
-        if changed:
-            style += f";color:{COLORS['recomputed']};font-weight:bold"
-        self.kept.value = f'{self.node.mark}<span style="{style}">{words}</span>'
+        kind = "kept changed" if changed else "kept"
+        self.kept.value = f'{self.node.mark}<span class="{kind}">{words}</span>'
 
 
 class Rows(widgets.VBox):
@@ -133,7 +127,8 @@ class Rows(widgets.VBox):
     def __init__(self, ticks: Ticks, changed: Callable[[], None], tree: bool) -> None:
         super().__init__(layout=widgets.Layout(width="auto"))
         if tree:
-            self.layout.max_height, self.layout.overflow = "430px", "hidden auto"
+            self.layout.max_height = "430px"
+            self.add_class("layer-lab-tree")
         self.ticks, self._changed, self._tree = ticks, changed, tree
         self._share = Shared()
         self.boxes: dict[str, widgets.Checkbox] = {}
@@ -271,6 +266,19 @@ class Rows(widgets.VBox):
             known = f"{words or 'keeps '}{format_bytes(kept)}"
             text = known if without else words.removesuffix(", ")
             row.show(plan, text, kept != before)
+
+    def as_text(self, plan: Plan) -> list[tuple[str, bool, bool]]:
+        """Give each row's name, whether it is in a plan, and goes on with a segment."""
+        begin = {segment[0] for segment in plan.segments}
+        rows = [row.node for row in self.children]
+        return [
+            (
+                "  " * node.level + node.label,
+                ticked := {*node.names} <= {*plan.names},
+                ticked and len(node.names) == 1 and node.key not in begin,
+            )
+            for node in rows
+        ]
 
 
 def _folded_words(plan: Plan, run: tuple[str, ...]) -> str:

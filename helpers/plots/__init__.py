@@ -13,7 +13,7 @@ _NAMES = {
     "peaks": "plot_peaks plot_times",
     "series": "plot_agreement plot_frontier plot_lines plot_ranks plot_runs",
     "style": "use_style",
-    "timeline": "plot_timeline timeline_length",
+    "timeline": "peak_cause plot_timeline running timeline_length",
     "tradeoff": "extra_work plot_tradeoff",
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}

@@ -53,8 +53,6 @@ def memory_axis(ax: Axes, top_bytes: int, below: float = 0) -> int:
     """
     size, name = memory_unit(top_bytes)
     top = 1.16 * top_bytes / size
-    if ax.get_ylim() == (-below * top, top) and ax.get_ylabel() == name:
-        return size  # making ticks anew takes longer than all the rest
     ax.set_ylim(-below * top, top)
     ticks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(0, top)
     ax.set_yticks([tick for tick in ticks if 0 <= tick <= top])

@@ -60,8 +60,7 @@ def plot_peaks(
 
 def _label_plans(ax: Axes, reports: Mapping[str, StepReport]) -> None:
     ax.set_xlim(-0.6, len(reports) - 0.4)
-    if [tick.get_text() for tick in ax.get_xticklabels()] != list(reports):
-        ax.set_xticks(range(len(reports)), list(reports))
+    ax.set_xticks(range(len(reports)), list(reports))
 
 
 def _label_categories(ax: Axes, reports: Sequence[StepReport], size: int) -> None:

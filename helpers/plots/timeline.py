@@ -1,14 +1,11 @@
 """A training step as a picture: what is alive, event by event, and what is running."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import groupby
 
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backend_bases import RendererBase
-from matplotlib.font_manager import FontProperties
 
 from helpers.plots._axes import (
     COLORS,
@@ -66,18 +63,24 @@ def timeline_length(timeline: Timeline) -> int:
     return len(timeline.events) - timeline.first_allocation + 1
 
 
+def peak_cause(timeline: Timeline) -> str:
+    """Say in which phase the peak is reached, by which operator, and in which layer."""
+    event = timeline.at_peak().event
+    if event is None:
+        return "before the step"
+    layer = _layer_namer(timeline)(event.allocation.module)
+    return f"{event.phase}: {event.allocation.op} in {layer or 'the loss'}"
+
+
 def _mark_peak(ax: Axes, timeline: Timeline, size: int, measured: bool) -> None:
     """Mark the peak with its value and its cause, on the side where there is room."""
-    event = timeline.at_peak().event
     x = timeline.peak_place + 1.5 - timeline.first_allocation
     y = timeline.peak_bytes / size
     ax.plot(x, y, "o", ms=5, color=INK, mfc=INK if measured else "white", zorder=5)
     fits_right = x < 0.55 * ax.get_xlim()[1]
-    layer = _layer_namer(timeline)(event.allocation.module)
-    cause = " ".join(filter(None, (event.allocation.op, "in", layer or "the loss")))
     for text, rise, style in (
         (f"peak {format_bytes(timeline.peak_bytes)}", 9, {"weight": "bold"}),
-        (f"{event.phase}: {cause}", 0, {"color": QUIET, "size": 7.5}),
+        (peak_cause(timeline), 0, {"color": QUIET, "size": 7.5}),
     ):
         style |= {"ha": "left" if fits_right else "right", "annotation_clip": False}
         style["bbox"] = {"fc": "white", "ec": "none", "alpha": 0.8, "pad": 0.6}
@@ -102,51 +105,34 @@ def _layer_namer(timeline: Timeline) -> Callable[[str], str]:
     return name
 
 
-def _plot_strip(ax: Axes, timeline: Timeline) -> None:
-    """Draw what is running, under zero: a box for each layer in its phase's colour."""
-    running, what, name = ("forward", ""), [], _layer_namer(timeline)
+def running(timeline: Timeline) -> list[tuple[str, str, int]]:
+    """List what runs in turn: phase, layer, and for how many events."""
+    now, what, name = ("forward", ""), [], _layer_namer(timeline)
     for event in timeline.events[timeline.first_allocation :]:
         if event.kind == "alloc":
-            running = (event.phase, name(event.allocation.module))
-        what.append(running)
+            now = event.phase, name(event.allocation.module)
+        what.append(now)
+    return [(*now, len([*group])) for now, group in groupby(what)]
+
+
+def _plot_strip(ax: Axes, timeline: Timeline) -> None:
+    """Draw what is running, under zero: a box for each layer in its phase's colour."""
     bottom, width, place = ax.get_ylim()[0], ax.get_xlim()[1], 0
-    box_bottom, boxes, colors, labels, recomputed = 0.5 * bottom, [], [], [], []
-    for (phase, layer), group in groupby(what):
-        length = len(list(group))
+    box_bottom, boxes, colors, recomputed = 0.5 * bottom, [], [], []
+    for phase, layer, length in running(timeline):
         boxes.append(rectangle(place, box_bottom, length, -0.9 * box_bottom))
         colors.append(PHASE_COLORS[phase])
         if phase == "recompute":
             recomputed.append(place)
         label = "".join(filter(str.isdigit, layer)) or layer
         if label and length > 0.014 * width * len(label):
-            labels.append((place + length / 2, 0.54 * box_bottom, label))
+            style = {"ha": "center", "va": "center", "size": 6.5, "color": INK}
+            ax.text(place + length / 2, 0.54 * box_bottom, label, **style)
         place += length
     fill_polygons(ax, boxes, colors, edgecolor="w")
-    ax.add_artist(SmallLabels(labels))
     y, style, latest = 0.78 * bottom, {"va": "center", "size": 7}, place - 0.29 * width
     ax.text(min(0, latest), y, "forward", color="#A85B20", **style)
     ax.text(place, y, "backward", color=QUIET, ha="right", **style)
     if recomputed:
         x = min(max(recomputed[0], 0.14 * width), latest)
         ax.text(x, y, "recompute", color=COLORS["recomputed"], **style)
-
-
-class SmallLabels(Artist):
-    """Many short texts, centred on their points: one artist draws them faster."""
-
-    def __init__(self, labels: Sequence[tuple[float, float, str]]) -> None:
-        super().__init__()
-        self.labels = labels
-        self.set_zorder(4)
-
-    def draw(self, renderer: RendererBase) -> None:
-        """Draw every text without a ``Text`` of its own."""
-        font, pen = FontProperties(size=6.5), renderer.new_gc()
-        pen.set_foreground(INK)
-        top = renderer.height if renderer.flipy() else 0
-        for x, y, label in self.labels:
-            x, y = self.axes.transData.transform((x, y))
-            measured = renderer.get_text_width_height_descent(label, font, False)
-            left, low = x - measured[0] / 2, abs(top - y) + measured[1] / 2
-            renderer.draw_text(pen, left, low, label, font, 0)
-        pen.restore()

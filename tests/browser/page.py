@@ -1,11 +1,8 @@
 """A real JupyterLab in a real browser, and the lab's panel as a reader works it."""
 
-import base64
 import contextlib
-import io
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -17,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
-from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from helpers.checkpointing import Plan
@@ -48,7 +44,9 @@ def chromium() -> Iterator[Browser]:
     """Start the machine's browser, headless and with a profile of its own."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=find_browser(), args=list(FLAGS)
+            executable_path=find_browser(),
+            args=list(FLAGS),
+            ignore_default_args=["--hide-scrollbars"],  # a reader sees them
         )
         try:
             yield browser
@@ -153,8 +151,20 @@ class Panel:
         return self.page.locator(".layer-lab").nth(self.number)
 
     @property
+    def picture(self) -> Locator:
+        return self.root.locator(".layer-lab-picture")
+
+    @property
     def image(self) -> Locator:
-        return self.root.locator(".layer-lab-picture img")
+        """Find what a screen reader calls an image: its name is the finding."""
+        return self.picture.get_by_role("img")
+
+    def timeline(self, title: str) -> Locator:
+        return self.picture.get_by_role("group", name=f"{title}: peak")
+
+    @property
+    def rings(self) -> Locator:
+        return self.picture.get_by_role("button")
 
     @property
     def readout(self) -> Locator:
@@ -197,15 +207,15 @@ class Panel:
         """Return what the panel says, without the note in its second line."""
         return self.status.evaluate("status => status.firstChild.textContent")
 
-    def picture(self) -> Image.Image:
-        """Decode the picture that is shown."""
-        source = self.image.get_attribute("src")
-        data = base64.b64decode(re.sub("^data:image/png;base64,", "", source))
-        return Image.open(io.BytesIO(data)).convert("RGBA")
+    def colors_at(
+        self, title: str, peak: tuple[int, int], points: list[tuple[int, float]]
+    ) -> list[str | None]:
+        """Read a timeline's colours at points (place, bytes), by where its peak is."""
+        return self.timeline(title).evaluate(_COLORS_AT, [*peak, points])
 
     def wait_for(self, finding: str) -> None:
         """Wait until both the sentence and the picture say this."""
-        expect(self.image).to_have_attribute("alt", finding, timeout=PATIENCE_MS)
+        expect(self.image).to_have_attribute("aria-label", finding, timeout=PATIENCE_MS)
         expect(self.status).to_contain_text(finding, timeout=PATIENCE_MS)
 
     def flip_ms(self, name: str) -> float:
@@ -219,7 +229,7 @@ class Panel:
 
     def watched(self) -> dict:
         """Stop; return how many frames there were, the faults in them, and what was
-        shown in turn: sentences, and pictures by their length."""
+        shown in turn: sentences, and pictures by what they say."""
         return self.root.evaluate("panel => panel.stopWatching()")
 
 
@@ -231,33 +241,47 @@ _READ_ROWS = """rows => rows.map(row => {
   return [box.parentElement.textContent, box.checked, joined];
 })"""
 
+# The peak's mark and the two ends of its axes tell where a place and a level are.
+_COLORS_AT = """(panel, [peakPlace, peakBytes, points]) => {
+  const number = (selector, name) => +panel.querySelector(selector).getAttribute(name);
+  const left = number(".phase", "x"), low = number("line.axis", "y1");
+  const right = number("circle", "cx"), high = number("circle", "cy");
+  return points.map(([place, bytes]) => {
+    const point = panel.createSVGPoint();
+    point.x = left + (right - left) * (place + 0.5) / (peakPlace + 0.5);
+    point.y = low + (high - low) * bytes / peakBytes;
+    const areas = [...panel.querySelectorAll(".area")];
+    return areas.find(area => area.isPointInFill(point))?.getAttribute("fill") ?? null;
+  });
+}"""
+
 # What is asked of a frame runs before its paint: when the second one comes, the new
 # picture's frame is over.
 _FLIP = """async (panel, box) => {
-  const picture = () => panel.querySelector(".layer-lab-picture img");
+  const picture = () => panel.querySelector(".layer-lab-picture .after").innerHTML;
   const frame = () => new Promise(requestAnimationFrame);
-  const before = picture().src, started = performance.now();
+  const before = picture(), started = performance.now();
   box.click();
-  while (!picture() || picture().src === before) {
+  while (picture() === before) {
     if (performance.now() - started > 10000) throw Error("no other picture");
     await frame();
   }
-  await picture().decode();
   await frame();
   await frame();
   return performance.now() - started;
 }"""
 
-# Looks before each paint, and at each sentence. A sentence in a colour is an error.
+# Looks before each paint, and at each sentence.
 _WATCH = """panel => {
   const seen = {frames: 0, faults: [], sentences: [], pictures: []};
   const find = selector => panel.querySelector(selector);
   const noteNew = (list, value) => list.at(-1) === value || list.push(value);
   let layout = null;
-  const fault = img => {
-    if (!img) return "no picture";
-    if (!img.complete || img.naturalWidth === 0) return "picture not loaded";
-    const {width, height} = img.getBoundingClientRect();
+  const fault = () => {
+    const drawn = [...panel.querySelectorAll(".layer-lab-picture svg")];
+    if (drawn.length !== 5) return "no picture";
+    if (drawn.some(svg => svg.childElementCount < 5)) return "an empty picture";
+    const {width, height} = find(".layer-lab-picture").getBoundingClientRect();
     const size = `${width} x ${height}`;
     if (size !== (layout ??= size)) return `size ${size}, not ${layout}`;
   };
@@ -265,14 +289,14 @@ _WATCH = """panel => {
     const status = find(".layer-lab-readout [role=status]");
     const sentence = status?.firstChild?.textContent ?? "";
     if (!sentence) seen.faults.push("no sentence");
-    else if (status.style.color !== "inherit") seen.faults.push(sentence);
+    else if (status.querySelector(".wrong")) seen.faults.push(sentence);
     noteNew(seen.sentences, sentence);
   };
   const look = () => {
-    const img = find(".layer-lab-picture img");
-    const found = fault(img);
+    const found = fault();
     if (found) seen.faults.push(found);
-    noteNew(seen.pictures, img?.src.length);
+    const said = panel.querySelectorAll(".layer-lab-picture :is([role=img], [role=figure])");
+    noteNew(seen.pictures, [...said].map(one => one.ariaLabel).join("; "));
     seen.frames += 1;
     frame = requestAnimationFrame(look);
   };

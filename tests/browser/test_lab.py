@@ -1,21 +1,21 @@
 """The lab in JupyterLab, worked by mouse and keys: each answer is what predict says."""
 
 import functools
-import io
 import itertools
 import random
 import re
 
 import pytest
 import torch
-from PIL import Image, ImageChops
 from playwright.sync_api import Page, expect
 
 from helpers.checkpointing import Plan
 from helpers.controls._findings import finding
-from helpers.controls._picture import HEIGHT, SCALE, WIDTH, LabPicture
 from helpers.measure import StepReport, predict
 from helpers.models import unequal_blocks, uniform_mlp
+from helpers.plots import COLORS
+from helpers.timeline import CATEGORIES
+from helpers.units import format_bytes
 from tests.browser.page import (
     PATIENCE_MS,
     Panel,
@@ -98,32 +98,32 @@ def assert_answered(panel: Panel, plan: Plan, settings: dict = LARGE) -> None:
     panel.wait_for(says(plan, settings))
     assert panel.plan() == plan
     assert panel.sentence() == says(plan, settings)
-    picture = panel.picture()
-    assert picture.size == (WIDTH * SCALE, HEIGHT * SCALE)
-    assert difference(picture, drawn(plan, settings)) < 0.002
-    if plan.segments:
-        assert difference(picture, drawn(Plan(), settings)) > 0.002
+    for title, report in zip(TITLES, reports(plan, settings), strict=True):
+        assert_draws(panel, title, report)
 
 
-def drawn(plan: Plan, settings: dict) -> Image.Image:
-    """Draw in this process what the panel is to show."""
-    before, after = reports(plan, settings)
-    png = LabPicture().draw(before, after, [before, after])
-    return Image.open(io.BytesIO(png)).convert("RGBA")
+TITLES = "no checkpointing", "this plan"
 
 
-def difference(one: Image.Image, other: Image.Image) -> float:
-    """Compare timelines and peaks: the share of pixels that are plainly different.
-
-    What is left out, times and plans tried, depends on what came before.
-    """
-    share, (width, height) = 0.0, one.size
-    for right, bottom in ((0.55 * width, height), (0.8 * width, height / 2)):
-        region = (0, 0, int(right), int(bottom))
-        pair = (image.convert("RGB").crop(region) for image in (one, other))
-        counts = ImageChops.difference(*pair).convert("L").histogram()
-        share = max(share, sum(counts[40:]) / sum(counts))
-    return share
+def assert_draws(panel: Panel, title: str, report: StepReport) -> None:
+    """Hold a timeline's peak, and the colours of its areas, against a report."""
+    line = report.timeline
+    said = f"peak {format_bytes(report.peak_bytes)}"
+    expect(panel.timeline(title).get_by_text(said, exact=True)).to_have_count(1)
+    rows, start = line.levels(), line.first_allocation
+    length, points, hues = len(line.events) + 1 - start, [], []
+    for place in range(0, length, max(1, length // 12)):
+        low = 0
+        for category in CATEGORIES:
+            level = rows[category][start + place]
+            if level > 0.02 * report.peak_bytes:  # a line's width
+                points.append((place, low + level / 2))
+                hues.append(COLORS[category])
+            low += level
+        points.append((place, 1.02 * low))
+        hues.append(None)
+    peak = line.peak_place + 1 - start, report.peak_bytes
+    assert panel.colors_at(title, peak, points) == hues
 
 
 def test_boxes_and_joins_answer_the_mouse(large):

@@ -6,7 +6,6 @@ from playwright.sync_api import Locator, expect
 
 from helpers.checkpointing import Plan
 from helpers.controls._findings import finding
-from helpers.controls._picture import HEIGHT
 from helpers.measure import predict
 from helpers.models.architectures import GPT
 from tests.browser.page import (
@@ -147,7 +146,8 @@ def test_a_long_tree_scrolls_and_stays_as_high_as_a_picture(large):
     unfold(large, "blocks.0 …")
     expect(large.rows()).to_have_count(45)
     tree = large.rows().first.locator("xpath=..")
-    assert tree.bounding_box()["height"] <= HEIGHT
+    picture = large.picture.bounding_box()
+    assert tree.bounding_box()["height"] <= picture["height"]
     large.box("head").click()  # which scrolls there
     large.wait_for(says(Plan.alone(["head"]), 40))
     unfold(large, "blocks.0 …")

@@ -3,22 +3,19 @@
 import asyncio
 import base64
 import functools
-import io
 import random
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from helpers.checkpointing import Plan
 from helpers.controls import BudgetLab
-from helpers.controls._picture import HEIGHT, SCALE, WIDTH
 from helpers.measure import StepReport, predict
 from helpers.models import MLP, DocsMLP, UNet, uniform_mlp
 from helpers.planner import InfeasibleBudget, best_plan, plan_for, profile
 from helpers.units import format_bytes
-from tests.controls.test_lab import front_end_click
+from tests.controls.test_lab import front_end_click, is_a_full_picture
 
 WIDTHS, ROWS = [64, 128, 128, 32, 128, 64], 8192
 NAMES = tuple(f"layer{i}" for i in range(1, len(WIDTHS)))
@@ -223,8 +220,7 @@ def test_without_widgets_there_is_a_picture_and_a_sentence():
     assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == (
         panel.model_id
     )
-    image = Image.open(io.BytesIO(base64.b64decode(bundle["image/png"])))
-    assert image.size == (WIDTH * SCALE, HEIGHT * SCALE)
+    assert is_a_full_picture(base64.b64decode(bundle["image/png"]))
 
 
 def test_a_drag_from_other_threads_is_answered_once_where_it_ends():

@@ -3,7 +3,10 @@
 import asyncio
 import base64
 import io
+import itertools
+import json
 import random
+import re
 import threading
 
 import ipywidgets as widgets
@@ -14,11 +17,11 @@ from PIL import Image
 from helpers.checkpointing import Plan
 from helpers.controls import LayerLab
 from helpers.controls._findings import finding
-from helpers.controls._picture import HEIGHT, SCALE, WIDTH
 from helpers.inspection import kept_by_module
 from helpers.measure import predict
 from helpers.models import MLP, DocsMLP, uniform_mlp
 from helpers.models.architectures import GPT, ResNet, UNet
+from helpers.timeline import CATEGORIES
 from helpers.units import format_bytes
 
 WIDTHS = [64] * 5
@@ -34,9 +37,16 @@ def expected_finding(plan: Plan, rows: int = 256) -> str:
     return finding(*reports)
 
 
-def picture_of(lab: LayerLab) -> Image.Image:
-    source = lab.picture.value.split("base64,")[1].split('"')[0]
-    return Image.open(io.BytesIO(base64.b64decode(source)))
+def is_a_full_picture(png: bytes) -> bool:
+    image = Image.open(io.BytesIO(png))
+    colors = image.convert("RGBA").getcolors(10**6)
+    return min(image.size) > 700 and len(colors) > 10
+
+
+def numbers(lab: LayerLab) -> dict:
+    """Give what the browser draws."""
+    picture = lab.picture
+    return {"before": picture.before, "after": picture.after} | picture.shown
 
 
 def kept(lab: LayerLab, key: str) -> str:
@@ -112,13 +122,59 @@ def test_shortcuts_set_boxes_and_joins():
     assert lab.plan == Plan()
 
 
-def test_the_picture_is_a_full_picture_with_the_finding_as_its_text():
+def test_the_picture_is_drawn_as_a_file_when_it_is_asked_for():
+    lab, told = small_lab(), []
+    lab.picture.observe(told.append, "value")
+    lab.plan = Plan.alone(["layer2"])
+    assert len(told) == 1
+    found = re.fullmatch(r'<img alt="(.*)" src="data:.*,(.*)">', lab.picture.value)
+    assert found[1] == lab.finding == lab.picture.shown["finding"]
+    assert is_a_full_picture(base64.b64decode(found[2]))
+    before = lab.picture.value
+    lab.boxes["layer3"].value = True
+    assert lab.picture.value != before and len(told) == 2
+
+
+def test_the_browser_can_draw_the_timeline_from_what_it_gets():
     lab = small_lab()
     lab.plan = Plan.alone(["layer2"])
-    image = picture_of(lab)
-    assert image.size == (WIDTH * SCALE, HEIGHT * SCALE)
-    assert len(image.convert("RGBA").getcolors(10**6)) > 10
-    assert f'alt="{lab.finding}"' in lab.picture.value
+    for line, report in zip(
+        (lab.picture.before, lab.picture.after), lab.state.reports, strict=True
+    ):
+        timeline = report.timeline
+        rows = {name: [0] * (line["length"] + 1) for name in CATEGORIES}
+        columns = (line[name] for name in ("bytes", "from", "to", "category"))
+        for n_bytes, start, end, category in zip(*columns, strict=True):
+            rows[CATEGORIES[category]][start] += n_bytes
+            rows[CATEGORIES[category]][end] -= n_bytes
+        levels = {name: [*itertools.accumulate(row)][:-1] for name, row in rows.items()}
+        first = timeline.first_allocation
+        assert levels == {n: row[first:] for n, row in timeline.levels().items()}
+        total = [sum(place) for place in zip(*levels.values(), strict=True)]
+        assert total.index(max(total)) == line["peak"]["place"]
+        assert max(total) == line["peak"]["bytes"] == report.peak_bytes
+        assert [sum(line["categories"])] == [report.peak_bytes]
+
+
+def test_every_tensor_says_what_made_it():
+    lab = small_lab()
+    line = lab.picture.before
+    said = {
+        (CATEGORIES[kind], line["shapes"][shape], line["makers"][maker])
+        for kind, shape, maker in zip(
+            line["category"], line["shape"], line["maker"], strict=True
+        )
+    }
+    assert ("parameter", "64 × 64", "from before the step") in said
+    assert ("activation", "256 × 64", "by gelu in layer1.1") in said
+
+
+def test_a_flip_sends_some_kilobytes_and_the_plain_step_only_once():
+    lab, sent = LayerLab(batch=8192), []
+    lab.picture.observe(lambda change: sent.append(change.name), ["before", "after"])
+    lab.boxes["layer2"].value = True
+    assert sent == ["after"]
+    assert len(json.dumps([lab.picture.after, lab.picture.shown])) < 8000
 
 
 def test_the_picture_does_not_depend_on_what_was_drawn_before():
@@ -130,7 +186,30 @@ def test_the_picture_does_not_depend_on_what_was_drawn_before():
     for plan in {*lab.state.tried} - {*other.state.tried}:
         del lab.state.tried[plan]
     lab.plan = lab.plan
-    assert picture_of(lab).tobytes() == picture_of(other).tobytes()
+    assert numbers(lab) == numbers(other) and lab.picture.png == other.picture.png
+
+
+def bring_back(lab: LayerLab, place: object) -> None:
+    """Click on a ring, as the browser says it."""
+    lab.picture._handle_custom_msg({"bring_back": place}, [])
+
+
+def test_a_ring_names_its_plan_and_brings_it_back():
+    lab, plan = small_lab(), Plan((("layer1", "layer2"), ("layer4",)))
+    lab.plan = plan
+    said = lab.finding
+    lab.plan = Plan.alone(["layer3"])
+    assert [ring["about"] for ring in lab.picture.shown["tried"]][1] == said
+    assert lab.picture.shown["names"] == {0: "none", 2: "this plan"}
+    bring_back(lab, 1)
+    assert lab.plan == plan and lab.finding == said
+    assert lab.boxes["layer4"].value and lab.joins["layer2"].value
+    assert lab.picture.shown["now"] == 1
+    for nothing in (-1, 3, 99, None, "1", [1]):
+        bring_back(lab, nothing)
+    assert lab.plan == plan and lab.finding == said
+    bring_back(lab, 0)
+    assert lab.plan == Plan()
 
 
 def test_rows_show_the_bytes_that_each_layer_keeps():
@@ -209,8 +288,7 @@ def test_without_widgets_there_is_a_picture_and_a_sentence():
     lab = small_lab()
     bundle = lab._repr_mimebundle_()
     assert bundle["text/plain"] == lab.finding
-    image = Image.open(io.BytesIO(base64.b64decode(bundle["image/png"])))
-    assert image.size == (WIDTH * SCALE, HEIGHT * SCALE)
+    assert is_a_full_picture(base64.b64decode(bundle["image/png"]))
 
 
 def test_a_burst_of_clicks_from_other_threads_is_answered_once_with_the_last_state():
@@ -369,7 +447,7 @@ def test_rows_of_a_tree_show_what_each_module_keeps_with_all_in_it():
     without = kept_by_module(lab.history[0].timeline)
     for name in ("blocks.0", "blocks.0.mlp", "blocks.1", "head"):
         assert f"keeps {format_bytes(now.get(name, 0))}<" in kept(lab, name)
-    assert now["blocks.0"] < without["blocks.0"] and "bold" in kept(lab, "blocks.0")
+    assert now["blocks.0"] < without["blocks.0"] and "changed" in kept(lab, "blocks.0")
     assert "ticked" not in kept(lab, "blocks.0")  # it is seen below
     fold_button(lab, "blocks.0").click()
     assert f"1 ticked, {format_bytes(now['blocks.0'])}" in kept(lab, "blocks.0")
