@@ -60,7 +60,8 @@ class BudgetLab(widgets.HBox):
         self._budget_bytes, self._unit_bytes = 0, 1
         self._planned, self._fits = Plan(), True
         self._follows = True  # whether the boxes show what was planned
-        look = {"description": "budget", "layout": {"width": "470px"}}
+        layout = {"flex": "1 1 300px", "max_width": "470px"}
+        look = {"description": "budget", "layout": layout}
         self.slider = widgets.IntSlider(readout=False, max=0, disabled=True, **look)
         self.slider.style.description_width = "52px"
         look = {"step": 0.1, "disabled": True, "layout": {"width": "96px"}}
@@ -75,9 +76,11 @@ class BudgetLab(widgets.HBox):
             control.observe(lambda _: self.lab.later(self._moved), "value")
         self.least.on_click(lambda _: self.lab.later(self._take_least))
         row = widgets.HBox([self.slider, self.field, self.unit, self.least])
-        row.layout.align_items = "center"
+        row.layout.align_items, row.layout.flex_flow = "center", "row wrap"
         lab = widgets.HBox(self.lab.children, layout=BESIDE)
-        super().__init__([widgets.VBox([row, self.verdict, lab], layout={"flex": "1"})])
+        whole = widgets.VBox([row, self.verdict, lab])
+        whole.layout.flex, whole.layout.min_width = "1", "0"
+        super().__init__([whole])
         self.add_class("layer-lab").add_class("budget-lab")
         self.lab.on_shown = self._shown
         if self.finding:

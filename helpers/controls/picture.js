@@ -41,7 +41,7 @@ function axes(panel, title, top, unit, bottom) {
   const { width, height } = panel.room, low = height - bottom;
   const y = (value) => low - (value / top) * (low - TOP);
   const parts = [text(LEFT - 34, 14, title, "title")];
-  for (const tick of top ? ticks(top, low - TOP < 150 ? 4 : 5) : []) {
+  for (const tick of top ? ticks(top, low - TOP < 160 ? 4 : 6) : []) {
     const at = { x1: LEFT, x2: width - 6, y1: y(tick), y2: y(tick) };
     parts.push(draw("line", { class: tick ? "grid" : "axis", ...at }));
     parts.push(text(LEFT - 5, y(tick) + 4, tick.toLocaleString("en"), "quiet", "end"));

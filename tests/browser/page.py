@@ -295,7 +295,7 @@ _WATCH = """panel => {
   const look = () => {
     const found = fault();
     if (found) seen.faults.push(found);
-    const said = panel.querySelectorAll(".layer-lab-picture :is([role=img], [role=figure])");
+    const said = panel.querySelectorAll(".layer-lab-picture .peaks, .times");
     noteNew(seen.pictures, [...said].map(one => one.ariaLabel).join("; "));
     seen.frames += 1;
     frame = requestAnimationFrame(look);
