@@ -1,14 +1,21 @@
-"""Whether this machine can be asked to measure a step: unasked, on a button, or not."""
+"""What this machine is asked to do: unasked, on a button, when asked twice, or not."""
+
+import contextlib
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
 from helpers.measure import StepReport, memory_bytes, plain_step_flops, too_large
 from helpers.timeline import tensors_in
-from helpers.units import format_flops
+from helpers.units import format_bytes, format_flops
 
 AUTO_FLOPS = 4 * 10**9  # a CPU step of some 100 ms or less: measured unasked
 CPU_FLOPS = 60 * 10**9  # … of some seconds: measured on the button; not above
+MODULES_A_SECOND = 2000  # that a prediction goes through, on a slow machine
+MOST_SECONDS = 2  # for a flip, unless the reader insists
+MOST_MODULES = 100_000  # some 1 GiB of this machine's memory
+MOST_BYTES = 2**40  # of a tensor: no GPU holds more, and larger ones take long
 
 
 def step_flops(report: StepReport) -> int:
@@ -48,3 +55,55 @@ def what_follows(report: StepReport) -> str:
     if bearable(report, CPU_FLOPS):
         return "Measure runs it on this CPU"
     return f"{format_flops(step_flops(report))} are too much to measure on this CPU"
+
+
+def check_tensors(tensors: Iterable[torch.Tensor]) -> None:
+    """Raise ValueError where parameters or a batch are larger than any GPU."""
+    most = max(t.numel() * t.element_size() for t in tensors)
+    if most > MOST_BYTES:
+        raise ValueError(
+            f"one tensor of this size takes {format_bytes(most)}, and a lab takes "
+            f"{format_bytes(MOST_BYTES)} at most"
+        )
+
+
+class SizeGuard:
+    """Asks before a model is made with which each flip takes long."""
+
+    def __init__(self) -> None:
+        self._asked: dict[str, object] = {}
+
+    def check(
+        self,
+        make: Callable[[dict[str, object]], nn.Module],
+        model: nn.Module,
+        now: dict[str, object],
+        wanted: dict[str, object],
+    ) -> None:
+        """Raise ValueError for too many modules, and once for what takes long.
+
+        How many there will be is foreseen from models that are one step larger.
+        """
+        count = present = _modules(model)
+        grown = {n: v for n, v in wanted.items() if type(v) is int and v > now[n]}
+        for name, value in grown.items():
+            with contextlib.suppress(Exception):  # as width + 1 may be no width
+                larger = _modules(make(now | {name: now[name] + 1}))
+                count += (larger - present) * (value - now[name])
+        said = ", ".join(f"{name} {value:,}" for name, value in grown.items())
+        if count > max(present, MOST_MODULES):
+            raise ValueError(
+                f"{said} makes some {count:,} modules, and a lab takes "
+                f"{MOST_MODULES:,} at most"
+            )
+        seconds = count / MODULES_A_SECOND
+        if count > present and seconds > MOST_SECONDS and wanted != self._asked:
+            self._asked = wanted
+            raise ValueError(
+                f"{said} makes some {count:,} modules, and each flip then takes some "
+                f"{seconds:.0f} s; set it once more to go on"
+            )
+
+
+def _modules(model: nn.Module) -> int:
+    return sum(1 for _ in model.modules())

@@ -13,7 +13,7 @@ WIDE = {"width": "216px"}  # of what stands in a row of its own
 
 def control(name: str, value: object) -> widgets.Widget:
     """Make what a size of the model is changed with."""
-    look = {"value": value, "description": name, "layout": WIDE}
+    look = {"value": value, "description": name, "tooltip": name, "layout": WIDE}
     if value in ACTIVATIONS:
         made = widgets.Dropdown(options=list(ACTIVATIONS), **look)
     elif isinstance(value, float):

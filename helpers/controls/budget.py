@@ -65,6 +65,7 @@ class BudgetLab(widgets.HBox):
         self.slider = widgets.IntSlider(readout=False, max=0, disabled=True, **look)
         self.slider.style.description_width = "52px"
         look = {"step": 0.1, "disabled": True, "layout": {"width": "96px"}}
+        look["tooltip"] = "budget"
         self.field = widgets.FloatText(**look)
         self.unit = widgets.Label(layout={"width": "36px"})
         look = {"description": "least", "layout": {"width": "170px"}}

@@ -143,6 +143,7 @@ class LayerLab(widgets.HBox):
 
     def _make_shortcuts(self) -> widgets.VBox:
         look = {"description": "of", "layout": {"width": "84px", "margin": "1px"}}
+        look["tooltip"] = "layers in a piece"
         self.piece = widgets.BoundedIntText(2, min=1, max=999, **look)
         self.piece.style.description_width = "24px"
         pieces = self.state.ticks.pieces

@@ -17,6 +17,7 @@ from helpers.plots import COLORS
 from helpers.units import format_bytes
 
 FOLDED = 8  # so many alike and more are one row at first
+LONGEST, PIECE = 64, 50  # where more would be unfolded at once, so many are a row
 INDENT = 14  # pixels a level
 BUTTON = {"height": "22px", "padding": "0"}
 Bytes = dict[str, int]  # that modules keep, by their names
@@ -126,9 +127,7 @@ class Rows(widgets.VBox):
 
     def __init__(self, ticks: Ticks, changed: Callable[[], None], tree: bool) -> None:
         super().__init__(layout=widgets.Layout(width="auto"))
-        if tree:
-            self.layout.max_height = "430px"
-            self.add_class("layer-lab-tree")
+        self.add_class("layer-lab-tree" if tree else "layer-lab-list")
         self.ticks, self._changed, self._tree = ticks, changed, tree
         self._share = Shared()
         self.boxes: dict[str, widgets.Checkbox] = {}
@@ -138,6 +137,9 @@ class Rows(widgets.VBox):
     def rebuild(self) -> None:
         """Make rows for another model; one that stays is not taken from the mouse."""
         self._old, self._rows = self._rows, {}
+        if len(self.ticks.inspection.layers) > LONGEST:
+            self._tree = True
+            self.add_class("layer-lab-tree")
         self.boxes, self.joins = _Boxes(self), {}
         self._shown: tuple[Plan, Bytes, Bytes] = Plan(), {}, {}
         around = self.ticks.inspection.parent(self.ticks.inspection.units[0])
@@ -162,8 +164,15 @@ class Rows(widgets.VBox):
         self.show_kept(*self._shown)
 
     def _runs(self, parent: str) -> list[list[str]]:
-        inspection = self.ticks.inspection
-        return inspection.repeats(inspection.children(parent))
+        """Cut what is inside a module into runs that are alike, and not too long."""
+        names = self.ticks.inspection.children(parent)
+        runs = self.ticks.inspection.repeats(names)
+        runs = [names] if len(runs) > LONGEST else runs
+        pieces = []
+        for run in runs:
+            size = PIECE if len(run) > LONGEST else len(run)
+            pieces += [run[i : i + size] for i in range(0, len(run), size)]
+        return pieces
 
     def _is_open(self, row: Row) -> bool:
         return row.node.key in self._open
@@ -205,7 +214,8 @@ class Rows(widgets.VBox):
         label = first.removeprefix(f"{parent}.")
         about, before = f"{first}, {inspection.layers[first].kind}", None
         if len(names) > 1:
-            label += f" … {names[-1].rpartition('.')[2]}"
+            stem = label.rstrip("0123456789")
+            label += f" … {names[-1].removeprefix(f'{parent}.').removeprefix(stem)}"
             about = f"all {len(names)}, each alone"
         else:
             before = self.ticks.before.get(first)

@@ -14,8 +14,10 @@ from helpers.checkpointing import Plan, checkpointed
 from helpers.controls._answers import Answers
 from helpers.controls._bearable import (
     AUTO_FLOPS,
+    SizeGuard,
     bearable,
     check_bearable,
+    check_tensors,
     what_follows,
     without_data,
 )
@@ -31,6 +33,7 @@ from helpers.measure import (
     verifying_plan,
 )
 from helpers.models import uniform_mlp
+from helpers.timeline import tensors_in
 
 REPEATS = 8
 
@@ -73,7 +76,7 @@ class LabState:
             self.values = self.settings | {"batch": batch}
         self.model, self.batch, self.ticks = None, None, Ticks()
         self.tree = self._has_depth() if tree is None else tree
-        self.answers = Answers()
+        self.answers, self._guard = Answers(), SizeGuard()
         self._by_key: dict[tuple, Answers] = {}  # for all sizes
 
     # What the reader sets -------------------------------------------------------------
@@ -91,8 +94,11 @@ class LabState:
                     f"{name} must be a whole number from 1 up, not {value:,}"
                 )
         settings = {name: values[name] for name in values if name != "batch"}
+        if self.model is not None:
+            self._guard.check(self._model, self.model, self.settings, settings)
         model = self._model(settings)
         batch = self._input(model, values.get("batch"), "meta")
+        check_tensors([*model.parameters(), *tensors_in(batch)])
         self.ticks.fit(self._inspected(model, batch))
         self.values, self.settings = values, settings
         self.model, self.batch = model, batch
@@ -192,7 +198,8 @@ class LabState:
         found = self.ticks.inspection.hazards_of(self.shown)
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         said = [*filter(None, [alarm]), *(f"{one}{more}" for one in found[:1])]
-        return f". Careful: {'; '.join(said)}" if said else ""
+        careful = f". Careful: {'; '.join(said)}" if said else ""
+        return self.ticks.left_out(self.shown) + careful
 
     # The measurement ------------------------------------------------------------------
 

@@ -132,8 +132,33 @@ class Ticks:
         self.joined = {name for segment in plan.segments for name in segment[1:]}
 
     def pieces(self, size: int | None) -> Plan:
-        """Cut the units into segments of ``size``, as far as they are a chain."""
-        return segments_of(self.inspection.units, self._linked, longest=size)
+        """Cut the units into segments of ``size``, as far as they are a chain.
+
+        Each alone, those are left out that could then not be run again.
+        """
+        bad = self._in_place if size == 1 else ()
+        units = (name for name in self.inspection.units if name not in bad)
+        return segments_of(units, self._linked, longest=size)
+
+    def left_out(self, plan: Plan) -> str:
+        """Say what is not ticked where all are that can be, each alone."""
+        if not self._in_place or plan != self.pieces(1):
+            return ""
+        first, *others = self._in_place.values()
+        more = f" (and {len(others)} more)" if others else ""
+        return f"; left out: {first}{more}"
+
+    @property
+    def _in_place(self) -> dict[str, str]:
+        """Say of each unit that no segment can start with why that is so."""
+        alone = {name: Plan.alone([name]) for name in self.inspection.units}
+        found = self.inspection.hazards_of
+        return {
+            name: str(hazard)
+            for name, plan in alone.items()
+            for hazard in found(plan)
+            if hazard.kind == "in place"
+        }
 
     def tick(self, names: Sequence[str], ticked: bool) -> None:
         """Tick or untick modules; a tick takes the place of those around and inside.

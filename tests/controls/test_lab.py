@@ -8,6 +8,7 @@ import json
 import random
 import re
 import threading
+import time
 
 import ipywidgets as widgets
 import pytest
@@ -247,6 +248,58 @@ def test_a_wrong_setting_is_said_and_taken_back(control, value, reason):
     assert lab.finding.startswith("layer 2 alone") and lab.finding in lab.readout.value
 
 
+@pytest.mark.parametrize(
+    ("control", "value", "reason"),
+    [
+        ("depth", 10**6, "makes some 3,000,002 modules, and a lab takes 100,000"),
+        ("depth", 10**9, "makes some 3,000,000,002 modules, and a lab takes 100,000"),
+        ("depth", -1, "depth must be a whole number from 1 up, not -1"),
+        ("width", 10**6, "one tensor of this size takes 3,725.3 GiB, and a lab takes"),
+        ("batch", 2 * 10**9, "one tensor of this size takes 14,901.2 GiB"),
+        ("batch", 2**31, "batch must be a whole number from 1 up"),
+    ],
+)
+@pytest.mark.parametrize("tree", [False, True])
+def test_a_size_beyond_all_machines_is_refused_at_once(control, value, reason, tree):
+    lab = LayerLab(uniform_mlp, 64, {"depth": 3, "width": 2000}, tree=tree)
+    before, started = lab.finding, time.perf_counter()
+    lab.controls[control].value = value
+    assert time.perf_counter() - started < 2
+    assert reason in lab.readout.value and lab.finding == before
+    assert lab.controls[control].value == lab.state.values[control] < 10**6
+
+
+def test_what_takes_long_is_asked_about_and_done_when_it_is_asked_for_again():
+    lab = LayerLab(uniform_mlp, 4, {"depth": 3, "width": 2})
+    lab.controls["depth"].value = 1500
+    assert (
+        "depth 1,500 makes some 4,502 modules, and each flip then takes some 2 s; "
+        in (lab.readout.value)
+    )
+    assert lab.controls["depth"].value == 3
+    lab.controls["depth"].value = 1500
+    assert lab.settings["depth"] == 1500 and lab.finding in lab.readout.value
+    lab.controls["depth"].value = 1600
+    assert "1,600 makes" in lab.readout.value and lab.controls["depth"].value == 1500
+    lab.controls["depth"].value = 1400
+    assert lab.settings["depth"] == 1400, "less is not asked about"
+
+
+def test_each_alone_leaves_out_what_cannot_be_ticked_and_says_so():
+    relu = [torch.nn.ReLU(inplace=True) for _ in range(2)]
+    linear = [torch.nn.Linear(16, 16) for _ in range(3)]
+    model = torch.nn.Sequential(linear[0], relu[0], linear[1], relu[1], linear[2])
+    lab = LayerLab(model, torch.randn(8, 16), tree=True)
+    lab.shortcuts["each alone"].click()
+    assert lab.plan == Plan.alone(["0", "2", "4"]) and lab.finding in lab.readout.value
+    assert "; left out: &#x27;1&#x27; changes its input in place" in lab.readout.value
+    assert "no segment can start with it (and 1 more)" in lab.readout.value
+    lab.boxes["4"].value = False
+    assert "left out" not in lab.readout.value
+    lab.shortcuts["all joined"].click()
+    assert lab.plan == Plan((tuple("01234"),)) and lab.finding in lab.readout.value
+
+
 def test_a_batch_that_does_not_fit_is_said():
     said = LayerLab(DocsMLP(), torch.ones(2, 4)).readout.value
     assert "does not fit this model at layer &#x27;layer1" in said
@@ -399,11 +452,17 @@ def test_many_blocks_alike_are_one_row_that_ticks_them_all():
     assert "12 segments" in kept(lab, "blocks.0 …")
 
 
-def test_a_tree_of_hundreds_of_modules_makes_few_widgets(monkeypatch):
-    made, open_comm = [], widgets.Widget.open
+@pytest.fixture
+def made(monkeypatch) -> list[widgets.Widget]:
+    """List the widgets as they are made."""
+    found, open_comm = [], widgets.Widget.open
     monkeypatch.setattr(
-        widgets.Widget, "open", lambda self: made.append(self) or open_comm(self)
+        widgets.Widget, "open", lambda self: found.append(self) or open_comm(self)
     )
+    return found
+
+
+def test_a_tree_of_hundreds_of_modules_makes_few_widgets(made):
     lab = gpt_lab(blocks=60)
     assert len(lab.state.ticks.inspection.layers) > 600 and len(lab.rows.children) == 5
     assert len(made) < 200
@@ -411,6 +470,31 @@ def test_a_tree_of_hundreds_of_modules_makes_few_widgets(monkeypatch):
     fold_button(lab, "blocks.0 … 59").click()
     # A row, a join, a fold, a box, what it keeps; of many more at once some get lost.
     assert len(lab.rows.children) == 65 and len(made) <= 5 * 60 + 5
+
+
+def test_a_thousand_layers_are_answered_and_make_few_widgets(made):
+    lab = LayerLab(batch=64, settings={"depth": 999, "width": 16})
+    assert shown_rows(lab)[::19] == ["layer1 … 50", "layer951 … 1000"]
+    assert len(made) < 250
+    lab.boxes["layer777"].value = True
+    assert lab.finding.startswith("layer 777 alone")
+    assert shown_rows(lab)[15:18] == ["layer751 … 800", "layer751", "layer752"]
+    assert "1 ticked" not in kept(lab, "layer751 …")  # it is seen below
+    fold_button(lab, "layer751 … 800").click()
+    assert "1 ticked" in kept(lab, "layer751 …")
+    lab.shortcuts["all joined"].click()
+    assert lab.finding.startswith("layers 1–1000 as one segment")
+    lab.controls["depth"].value = 9
+    assert shown_rows(lab) == [f"layer{i}" for i in range(1, 11)]
+
+
+def test_a_hundred_blocks_unfold_by_pieces(made):
+    lab = gpt_lab(blocks=100)
+    names = ["blocks.0 … 49", "blocks.50 … 99"]
+    assert shown_rows(lab) == ["tokens", "places", *names, "norm", "head"]
+    made.clear()
+    fold_button(lab, names[1]).click()
+    assert len(lab.rows.children) == 6 + 50 and len(made) <= 5 * 50 + 5
 
 
 def test_a_box_that_is_folded_away_is_there_when_it_is_asked_for():
