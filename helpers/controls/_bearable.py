@@ -12,8 +12,9 @@ from helpers.units import format_bytes, format_flops
 
 AUTO_FLOPS = 4 * 10**9  # a CPU step of some 100 ms or less: measured unasked
 CPU_FLOPS = 60 * 10**9  # … of some seconds: measured on the button; not above
-MODULES_A_SECOND = 2000  # that a prediction goes through, on a slow machine
-MOST_SECONDS = 2  # for a flip, unless the reader insists
+# Modules that are answered for in a second, on a slow machine.
+PREDICTED_A_SECOND, PLANNED_A_SECOND = 2000, 25
+MOST_SECONDS = 2  # for an answer, unless the reader insists
 MOST_MODULES = 100_000  # some 1 GiB of this machine's memory
 MOST_BYTES = 2**40  # of a tensor: no GPU holds more, and larger ones take long
 
@@ -68,9 +69,10 @@ def check_tensors(tensors: Iterable[torch.Tensor]) -> None:
 
 
 class SizeGuard:
-    """Asks before a model is made with which each flip takes long."""
+    """Asks before a model is made that is answered for slowly."""
 
     def __init__(self) -> None:
+        self.modules_a_second = PREDICTED_A_SECOND
         self._asked: dict[str, object] = {}
 
     def check(
@@ -96,11 +98,11 @@ class SizeGuard:
                 f"{said} makes some {count:,} modules, and a lab takes "
                 f"{MOST_MODULES:,} at most"
             )
-        seconds = count / MODULES_A_SECOND
+        seconds = count / self.modules_a_second
         if count > present and seconds > MOST_SECONDS and wanted != self._asked:
             self._asked = wanted
             raise ValueError(
-                f"{said} makes some {count:,} modules, and each flip then takes some "
+                f"{said} makes some {count:,} modules, and an answer then takes some "
                 f"{seconds:.0f} s; set it once more to go on"
             )
 

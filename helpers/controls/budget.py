@@ -10,6 +10,7 @@ from operator import attrgetter
 import ipywidgets as widgets
 
 from helpers.checkpointing import Plan
+from helpers.controls._bearable import PLANNED_A_SECOND
 from helpers.controls._findings import added_work
 from helpers.controls._look import BESIDE, sentence, status
 from helpers.controls.lab import LayerLab
@@ -72,6 +73,7 @@ class BudgetLab(widgets.HBox):
         self.least = widgets.Button(disabled=True, **look)
         self.verdict = widgets.HTML().add_class("budget-lab-verdict")
         self.lab = LayerLab(*args, **kwargs)
+        self.state.guard.modules_a_second = PLANNED_A_SECOND
         self._answered = {self.slider: 0, self.field: 0.0}  # their values, as answered
         for control in self._answered:
             control.observe(lambda _: self.lab.later(self._moved), "value")

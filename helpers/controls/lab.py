@@ -136,8 +136,7 @@ class LayerLab(widgets.HBox):
     def _arranged(self) -> list[widgets.Widget]:
         left = [*self.controls.values(), self._make_shortcuts(), self.rows]
         left += [self.measure_button, self.recorded]
-        width = "344px" if self.state.tree else "264px"
-        controls = widgets.VBox(left, layout={"flex": f"1 1 {width}"})
+        controls = widgets.VBox(left)
         shown = widgets.VBox([self.picture, self.readout], layout=ROOMY)
         return [controls.add_class("layer-lab-controls"), shown]
 

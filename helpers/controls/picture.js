@@ -24,7 +24,7 @@ function unitOf(top) {
 
 function bytes(count) {
   const [size, unit] = unitOf(count);
-  const digits = size === 1 ? 0 : size === 2 ** 30 ? 2 : 1;
+  const digits = size === 1 ? 0 : unit === "GiB" && count < 100 * size ? 2 : 1;
   const look = { minimumFractionDigits: digits, maximumFractionDigits: digits };
   return `${(count / size).toLocaleString("en", look)} ${unit}`;
 }
@@ -98,7 +98,8 @@ function strip(line, x, low) {
   for (const [phase, layer, length] of line.running) {
     const label = layer.replace(/\D/g, "") || layer;
     const at = { x: x(place), y: low + 3, height: 14, width: x(length) - x(0) };
-    parts.push(draw("rect", { class: `phase ${phase}`, ...at }));
+    const thin = at.width < 3 ? "thin" : ""; // an edge would hide it
+    parts.push(draw("rect", { class: `phase ${phase} ${thin}`, ...at }));
     if (label && at.width > LETTER * label.length + 1)
       parts.push(text(at.x + at.width / 2, low + 14, label, "tiny", "middle"));
     first[phase] ??= at.x;

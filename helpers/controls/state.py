@@ -76,7 +76,7 @@ class LabState:
             self.values = self.settings | {"batch": batch}
         self.model, self.batch, self.ticks = None, None, Ticks()
         self.tree = self._has_depth() if tree is None else tree
-        self.answers, self._guard = Answers(), SizeGuard()
+        self.answers, self.guard = Answers(), SizeGuard()
         self._by_key: dict[tuple, Answers] = {}  # for all sizes
 
     # What the reader sets -------------------------------------------------------------
@@ -95,7 +95,7 @@ class LabState:
                 )
         settings = {name: values[name] for name in values if name != "batch"}
         if self.model is not None:
-            self._guard.check(self._model, self.model, self.settings, settings)
+            self.guard.check(self._model, self.model, self.settings, settings)
         model = self._model(settings)
         batch = self._input(model, values.get("batch"), "meta")
         check_tensors([*model.parameters(), *tensors_in(batch)])

@@ -174,6 +174,15 @@ def test_a_wrong_setting_is_said_by_the_lab_and_the_front_stays():
     assert panel.plan == before[0][2]
 
 
+def test_a_plan_that_takes_long_is_asked_about():
+    panel = BudgetLab(batch=4, settings={"depth": 3, "width": 2})
+    panel.controls["depth"].value = 18
+    assert "56 modules, and an answer then takes some 2 s" in panel.readout.value
+    assert panel.settings["depth"] == panel.controls["depth"].value == 3
+    panel.controls["depth"].value = 18
+    assert panel.settings["depth"] == 18 and panel.finding in panel.readout.value
+
+
 def test_a_model_without_layers_is_said_and_nothing_raises():
     panel = BudgetLab(nn.Linear(4, 4), torch.ones(2, 4))
     assert "no layers to tick" in panel.readout.value
