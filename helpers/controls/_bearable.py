@@ -1,7 +1,7 @@
 """What this machine is asked to do: unasked, on a button, when asked twice, or not."""
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -58,9 +58,10 @@ def what_follows(report: StepReport) -> str:
     return f"{format_flops(step_flops(report))} are too much to measure on this CPU"
 
 
-def check_tensors(tensors: Iterable[torch.Tensor]) -> None:
-    """Raise ValueError where parameters or a batch are larger than any GPU."""
-    most = max(t.numel() * t.element_size() for t in tensors)
+def check_tensors(things: object) -> None:
+    """Raise ValueError where a tensor among things is larger than any GPU."""
+    sizes = (t.numel() * t.element_size() for t in tensors_in(things))
+    most = max(sizes, default=0)
     if most > MOST_BYTES:
         raise ValueError(
             f"one tensor of this size takes {format_bytes(most)}, and a lab takes "
@@ -78,7 +79,7 @@ class SizeGuard:
     def check(
         self,
         make: Callable[[dict[str, object]], nn.Module],
-        model: nn.Module,
+        model: nn.Module | None,
         now: dict[str, object],
         wanted: dict[str, object],
     ) -> None:
@@ -86,6 +87,8 @@ class SizeGuard:
 
         How many there will be is foreseen from models that are one step larger.
         """
+        if model is None:
+            return
         count = present = _modules(model)
         grown = {n: v for n, v in wanted.items() if type(v) is int and v > now[n]}
         for name, value in grown.items():

@@ -95,6 +95,14 @@ class Picture(anywidget.AnyWidget):
         words = html.escape(self.shown["finding"])
         return f'<img alt="{words}" src="data:image/png;base64,{source}">'
 
+    def copy(self, text: str) -> None:
+        """Put a text into the clipboard of the reader's browser."""
+        self.send({"copy": text})
+
+    def save(self) -> None:
+        """Let the reader's browser save the picture as a file."""
+        self.send({"save": "layer-lab.png"}, buffers=[self.png])
+
     def _clicked(self, _: object, message: dict, __: object) -> None:
         place = message.get("bring_back")
         if isinstance(place, int) and 0 <= place < len(self._tried):

@@ -85,7 +85,7 @@ class BudgetLab(widgets.HBox):
         whole.layout.flex, whole.layout.min_width = "1", "0"
         super().__init__([whole])
         self.add_class("layer-lab").add_class("budget-lab")
-        self.lab.on_shown = self._shown
+        self.lab.on_shown, self.lab.limit = self._shown, self._limit
         if self.finding:
             self.lab.guarded(self._shown)
 
@@ -172,11 +172,18 @@ class BudgetLab(widgets.HBox):
 
     def _shown(self) -> None:
         """Plan anew if the lab shows another model, and judge what it shows."""
-        if self.state.values != self._front_of:
+        if self.state.key != self._front_of:
             self._find_front()
             if self._follows:
                 self._take(self._budget_bytes)
         self._tell()
+
+    def _limit(self, report: StepReport) -> dict[str, object] | None:
+        """Draw the budget, and say in the picture whether the plan fits."""
+        over = report.peak_bytes > self._budget_bytes
+        label = f"budget {format_bytes(self._budget_bytes)}"
+        shown = {"bytes": self._budget_bytes, "over": over, "label": label}
+        return shown if self.front else None
 
     def _find_front(self) -> None:
         """Plan for the present model; the budget stays, if there has been one."""
@@ -193,7 +200,7 @@ class BudgetLab(widgets.HBox):
         except Exception as error:
             reason = f"no plan for a budget: {sentence(error)}"
             self.verdict.value = status(reason, wrong=True)
-        self._front_of = state.values
+        self._front_of = state.key
         for control in (self.slider, self.field, self.least):
             control.disabled = not self.front
         if self.front:

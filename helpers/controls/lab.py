@@ -28,6 +28,7 @@ from helpers.controls._look import (
 )
 from helpers.controls._picture import Picture
 from helpers.controls._recorded import RecordedChoice
+from helpers.controls._step import StepFields
 from helpers.controls.rows import Rows
 from helpers.controls.state import LabState
 from helpers.dry_run import GivenOptimizer
@@ -60,6 +61,8 @@ class LayerLab(widgets.HBox):
         settings, finding, history: of ``state``, as they are now.
         recorded: a dropdown of GPUs that have measured this model at this size.
         picture, readout: the picture, and the finding with a note below.
+        step: fields of the step: ``optimizer``, ``precision``, ``card``, ``memory``.
+        limit: tells of a report whether it stays below a limit, which is drawn.
         on_shown: called without arguments after each new picture.
     """
 
@@ -76,8 +79,11 @@ class LayerLab(widgets.HBox):
         autocast: torch.dtype | None = None,
         step: Step | None = None,
     ) -> None:
-        given = {"loss": loss, "optimizer": optimizer, "autocast": autocast}
-        options = {n: v for n, v in (given | {"step": step}).items() if v is not None}
+        given = {"loss": loss, "step": step}
+        self._given = {name: one for name, one in given.items() if one is not None}
+        heard = lambda: self.later(self._show), lambda: self.later(self.draw)
+        self.step = StepFields(device, optimizer, autocast, *heard)
+        options, self.limit = self._step(), self.step.limit
         self.state = LabState(model_factory, batch, settings, device, tree, options)
         self.on_shown: Callable[[], None] = lambda: None
         self._pending: Callable | None = None
@@ -87,10 +93,10 @@ class LayerLab(widgets.HBox):
             one.observe(lambda _: self.later(self._show), "value")
         ticks, tree = self.state.ticks, self.state.tree
         self.rows = Rows(ticks, lambda: self.later(self._show), tree)
-        look = {"icon": "clock-o", "layout": WIDE}
-        self.measure_button = widgets.Button(description="Measure", **look)
+        self.measure_button = widgets.Button(icon="clock-o", layout=WIDE)
+        self.measure_button.description = "Measure"
         self.measure_button.on_click(lambda _: self.later(self._toggle_measuring))
-        self.recorded = RecordedChoice(lambda: self.later(self._draw))
+        self.recorded = RecordedChoice(lambda: self.later(self.draw))
         self.picture = Picture(lambda plan: self.guarded(lambda: self._apply(plan)))
         self.readout = widgets.HTML().add_class("layer-lab-readout")
         super().__init__(self._arranged(), layout=BESIDE)
@@ -135,10 +141,26 @@ class LayerLab(widgets.HBox):
 
     def _arranged(self) -> list[widgets.Widget]:
         left = [*self.controls.values(), self._make_shortcuts(), self.rows]
-        left += [self.measure_button, self.recorded]
+        left += [self.measure_button, self.recorded, self._folded()]
         controls = widgets.VBox(left)
         shown = widgets.VBox([self.picture, self.readout], layout=ROOMY)
         return [controls.add_class("layer-lab-controls"), shown]
+
+    def _folded(self) -> widgets.Accordion:
+        """Fold away what is not always needed."""
+        taken = {
+            "Copy code": lambda: self.picture.copy(self.plan.code(self.state.model)),
+            "Copy plan": lambda: self.picture.copy(repr(self.plan)),
+            "Save picture": self.picture.save,
+        }
+        buttons = []
+        for text, work in taken.items():
+            buttons.append(widgets.Button(description=text, layout=WIDE))
+            buttons[-1].on_click(lambda _, work=work: self.guarded(work))
+        pages = [self.step, widgets.VBox(buttons)]
+        titles = ["Step and card", "Take it along"]
+        folded = widgets.Accordion(pages, titles=titles, selected_index=None)
+        return folded.add_class("layer-lab-folded")
 
     def _make_shortcuts(self) -> widgets.VBox:
         look = {"description": "of", "layout": {"width": "84px", "margin": "1px"}}
@@ -170,6 +192,7 @@ class LayerLab(widgets.HBox):
     def _take_fields(self) -> None:
         """Make a model of what the fields say, and rows for it."""
         state, self._built = self.state, False
+        state.options = self._step()
         state.set(**self._fields())
         self.rows.rebuild()
         plain = state.device == "cuda" and not state.options
@@ -183,6 +206,10 @@ class LayerLab(widgets.HBox):
     def _write_fields(self, values: dict[str, object]) -> None:
         for name, one in self.controls.items():
             one.value = values[name]
+        self.step.write(self.state.options)
+
+    def _step(self) -> dict[str, object]:
+        return self._given | self.step.options
 
     # A flip ---------------------------------------------------------------------------
 
@@ -227,29 +254,34 @@ class LayerLab(widgets.HBox):
         self._work.stop()
         state = self.state
         good, was_predicted = state.values, state.predicted
+        step = state.options
         try:
-            if not self._built or good != self._fields():
+            if not self._built or (good, step) != (self._fields(), self._step()):
                 self._take_fields()
             state.show()
         except BaseException as error:
             stays = isinstance(error, Exception) and not was_predicted
             if not stays or state.values == good:
+                self._built &= step == state.options
+                state.options = step
                 self._write_fields(good)
             raise
-        self._draw()
+        self.draw()
         if self._work.loop and state.measured_unasked:
             self._work.start(self._measurement(), delay_s=0.4)
 
-    def _draw(self) -> None:
+    def draw(self) -> None:
+        """Draw the answer that there is."""
         if not self.finding:
             return
         state, found = self.state, self.state.answers
-        note = state.note + self.recorded.note(state.shown) + state.caution
+        note = state.note + self.recorded.note(state.shown)
+        note += state.ticks.left_out(state.shown) + state.caution
+        limit = self.limit(state.tried[state.shown])
         rows = self.rows.as_text(state.shown)
         around = rows, [self.finding, *textwrap.wrap(note, 160)[:2]]
-        self.picture.show(
-            found, self.recorded.pairs, around=around
-        )  # first, to be soon
+        # The picture first, so that it is soon there.
+        self.picture.show(found, self.recorded.pairs, limit, around)
         self._wrong, self.readout.value = "", status(self.finding, note)
         self.rows.show_kept(state.shown, *found.kept)
         self.on_shown()
@@ -277,4 +309,4 @@ class LayerLab(widgets.HBox):
             yield from self.state.measuring()
         finally:
             self.measure_button.description = "Measure"
-        self._draw()
+        self.draw()

@@ -116,12 +116,14 @@ function strip(line, x, low) {
 }
 
 // A line where the memory ends, and whether what is shown stays below it.
-function limitLine(shown, scale, axis) {
-  if (!shown.limit || shown.limit.bytes > scale.bytes * 1.001) return [];
-  const at = axis.y(shown.limit.bytes / scale.size), over = shown.limit.over;
+function limitLine(limit, scale, axis) {
+  if (!limit) return [];
+  const inside = limit.bytes <= scale.bytes, kind = limit.over ? "limit over" : "limit";
+  const at = inside ? axis.y(limit.bytes / scale.size) : TOP;
   const ends = { x1: LEFT, x2: axis.width - 6, y1: at, y2: at };
-  const words = text(axis.width - 8, at - 4, shown.limit.label, "limit", "end");
-  return [draw("line", { class: `limit ${over ? "over" : ""}`, ...ends }), words];
+  const label = `${inside ? "" : "↑ "}${limit.label}`;
+  const words = text(axis.width - 8, at - 5, label, `${kind} halo`, "end");
+  return inside ? [draw("line", { class: kind, ...ends }), words] : [words];
 }
 
 function drawTimeline(panel, line, shown, scale, colors) {
@@ -135,7 +137,7 @@ function drawTimeline(panel, line, shown, scale, colors) {
     ...axis.parts,
     ...areas(rows, colors, line.length, x, y, scale.size),
     ...strip(line, x, low),
-    ...limitLine(shown, scale, axis),
+    ...limitLine(shown.limit, scale, axis),
     draw("circle", { class: kind, r: 3.6, ...at }),
     text(beside, at.cy - 7, `peak ${bytes(line.peak.bytes)}`, "strong halo", anchor),
     text(beside, at.cy + 6, line.peak.cause, "quiet halo", anchor),
@@ -149,7 +151,7 @@ function drawTimeline(panel, line, shown, scale, colors) {
 
 function drawPeaks(panel, lines, shown, scale, colors) {
   const axis = axes(panel, "alive at the peak", scale.top, scale.unit, 24);
-  const { parts, y, low, width } = axis, room = width - LEFT - 92;
+  const { parts, y, low, width } = axis, room = width - LEFT - 104;
   lines.forEach((line, i) => {
     const wide = 0.37 * room, x = LEFT + (0.08 + 0.48 * i) * room;
     let level = 0;
@@ -175,12 +177,12 @@ function drawPeaks(panel, lines, shown, scale, colors) {
     level += count;
     if (!named[kind]) return;
     floor = Math.min(middle, floor);
-    const x = width - 90, at = { x, y: floor - 9, width: 9, height: 9, fill: colors[kind] };
+    const x = width - 102, at = { x, y: floor - 9, width: 9, height: 9, fill: colors[kind] };
     parts.push(draw("rect", { class: "swatch", ...at }));
     parts.push(text(x + 13, floor, shown.categories[kind].replace("_", " "), "label"));
     floor -= 15;
   });
-  panel.replaceChildren(...parts, ...limitLine({}, scale, axis));
+  panel.replaceChildren(...parts);
   panel.setAttribute("aria-label", shown.finding);
 }
 
@@ -323,6 +325,22 @@ function inspectable(panel, tell, categories) {
   panel.again = () => panel.pinned && show(panel.at);
 }
 
+// A page that is not secure has no clipboard, but can copy what is selected.
+function copy(words) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(words);
+  const field = Object.assign(document.createElement("textarea"), { value: words });
+  document.body.append(field);
+  field.select();
+  document.execCommand("copy");
+  field.remove();
+}
+
+function save(name, data) {
+  const href = URL.createObjectURL(new Blob([data], { type: "image/png" }));
+  Object.assign(document.createElement("a"), { href, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(href), 10000);
+}
+
 function render({ model, el }) {
   const grid = document.createElement("div"), note = document.createElement("div");
   const timeline = { role: "group", "aria-roledescription": "timeline", tabindex: 0 };
@@ -382,8 +400,13 @@ function render({ model, el }) {
     paint();
   });
   for (const panel of Object.values(panels)) sizes.observe(panel);
+  const take = (message, buffers) => {
+    if ("copy" in message) copy(message.copy);
+    if ("save" in message) save(message.save, buffers[0]);
+  };
   model.on("change", paint);
-  return () => (sizes.disconnect(), model.off("change", paint));
+  model.on("msg:custom", take);
+  return () => (sizes.disconnect(), model.off("change", paint), model.off("msg:custom", take));
 }
 
 export default { render };

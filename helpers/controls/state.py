@@ -33,7 +33,6 @@ from helpers.measure import (
     verifying_plan,
 )
 from helpers.models import uniform_mlp
-from helpers.timeline import tensors_in
 
 REPEATS = 8
 
@@ -47,7 +46,7 @@ class LabState:
 
     Args:
         factory, batch, settings, device, tree: as in ``LayerLab``.
-        options: further arguments of ``predict`` and ``measuring_plans``, by name.
+        options: further arguments of ``predict``, by name.
 
     Attributes:
         values: the sizes that the reader may change: settings, and ``batch`` if it is a
@@ -94,15 +93,20 @@ class LabState:
                     f"{name} must be a whole number from 1 up, not {value:,}"
                 )
         settings = {name: values[name] for name in values if name != "batch"}
-        if self.model is not None:
-            self.guard.check(self._model, self.model, self.settings, settings)
+        self.guard.check(self._model, self.model, self.settings, settings)
         model = self._model(settings)
         batch = self._input(model, values.get("batch"), "meta")
-        check_tensors([*model.parameters(), *tensors_in(batch)])
+        check_tensors([*model.parameters(), batch])
         self.ticks.fit(self._inspected(model, batch))
         self.values, self.settings = values, settings
         self.model, self.batch = model, batch
-        self.answers = self._by_key.setdefault(tuple(values.items()), Answers())
+        self.answers = self._by_key.setdefault(self.key, Answers())
+
+    @property
+    def key(self) -> tuple:
+        """What an answer depends on, besides the plan: sizes, step and card."""
+        step = ((name, id(value)) for name, value in self.options.items())
+        return *self.values.items(), *step
 
     @property
     def plan(self) -> Plan:
@@ -183,7 +187,8 @@ class LabState:
         """Where the numbers come from, and what becomes of the measurement."""
         if self.shown not in self.measured:
             follows = self.lacks or what_follows(self.tried[self.shown])
-            return f"predicted for a {self.device.upper()} step; {follows}"
+            on = f" on {self.options['gpu']}" if "gpu" in self.options else ""
+            return f"predicted for a {self.device.upper()} step{on}; {follows}"
         report, base = self.measured[self.shown]
         own = predicted = self.tried[self.shown]
         if report.peak_bytes != predicted.peak_bytes:
@@ -198,8 +203,7 @@ class LabState:
         found = self.ticks.inspection.hazards_of(self.shown)
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         said = [*filter(None, [alarm]), *(f"{one}{more}" for one in found[:1])]
-        careful = f". Careful: {'; '.join(said)}" if said else ""
-        return self.ticks.left_out(self.shown) + careful
+        return f". Careful: {'; '.join(said)}" if said else ""
 
     # The measurement ------------------------------------------------------------------
 
@@ -236,7 +240,7 @@ class LabState:
                 model = self.factory(**self.settings)
             batch = self._input(model, self.values.get("batch"), device)
         plans = [plan, Plan()] if plan.segments else [plan]
-        how = {"device": device, **self.options}
+        how = {n: v for n, v in self.options.items() if n != "gpu"} | {"device": device}
         reports = yield from measuring_plans(
             model, batch, plans, repeats=REPEATS, **how
         )

@@ -296,6 +296,35 @@ def test_each_alone_leaves_out_what_cannot_be_ticked_and_says_so():
     assert lab.plan == Plan((tuple("01234"),)) and lab.finding in lab.readout.value
 
 
+def test_the_step_and_the_card_are_the_readers_to_choose():
+    lab, x = small_lab(), torch.empty(256, 64, device="meta")
+    plan = Plan.alone(["layer2"])
+    lab.plan = plan
+    lab.step.optimizer.value, lab.step.precision.value = "AdamW", "bf16"
+    lab.step.card.value = "A100"
+    chosen = {"optimizer": torch.optim.AdamW, "autocast": torch.bfloat16}
+    expected = predict(lambda: MLP(WIDTHS, "gelu"), x, plan, gpu="A100", **chosen)
+    assert lab.history[-1] == expected and expected.categories["optimizer_state"]
+    assert "predicted for a CUDA step on A100" in lab.readout.value
+    assert lab.measure().peak_bytes and "measured on" in lab.readout.value
+    lab.step.optimizer.value, lab.step.precision.value = "none", "float32"
+    assert not lab.history[-1].categories["optimizer_state"]
+
+
+def test_the_cards_memory_is_a_line_and_says_what_is_to_spare():
+    lab = small_lab()
+    assert lab.picture.shown["limit"] is None
+    report = lab.history[-1]
+    takes = report.allocator_peak_bytes + report.workspace_bytes
+    for n_bytes, word in ((takes + 2**20, "to spare"), (takes - 2**20, "too little")):
+        lab.step.memory.value = n_bytes / 2**30
+        limit = lab.picture.shown["limit"]
+        assert limit["label"].endswith(f"1.0 MiB {word}") and limit["bytes"] == n_bytes
+        assert limit["over"] == (n_bytes < takes)
+    lab.step.memory.value = -1
+    assert lab.picture.shown["limit"] is None
+
+
 def test_a_batch_that_does_not_fit_is_said():
     said = LayerLab(DocsMLP(), torch.ones(2, 4)).readout.value
     assert "does not fit this model at layer &#x27;layer1" in said
