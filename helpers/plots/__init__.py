@@ -14,7 +14,7 @@ _NAMES = {
     "series": "plot_agreement plot_frontier plot_lines plot_ranks plot_runs",
     "style": "use_style",
     "timeline": "peak_cause plot_timeline running timeline_length",
-    "tradeoff": "extra_work plot_tradeoff",
+    "tradeoff": "extra_work plot_fronts plot_tradeoff",
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 __all__ = ["find_recorded", *_HOMES]

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 
 from helpers.measure import StepReport, plain_step_flops
-from helpers.plots._axes import INK, RECORDED, memory_axis, name_recorded, note
+from helpers.plots._axes import INK, LINES, RECORDED, memory_axis, name_recorded, note
 from helpers.recording import NOTHING, Pair, Recorded
 
 
@@ -51,6 +51,39 @@ def plot_tradeoff(
     also = ", grey: recorded" if grey and not recorded.label else ""
     ax.set_xlabel(f"extra work, {unit}: ○ FLOPs  ● time{also}")
     name_recorded(ax, recorded.label if grey else "")
+
+
+def plot_fronts(
+    ax: Axes,
+    series: Mapping[str, Sequence[StepReport]],
+    *,
+    cloud: Sequence[StepReport] = (),
+    measured: Sequence[StepReport] = (),
+) -> None:
+    """Draw lines of plans, each named where most is recomputed; the first is black.
+
+    Args:
+        cloud: further plans, as grey rings.
+        measured: reports of real steps; a dot at the bytes and FLOPs that were counted.
+    """
+    series = {name: sorted(plans, key=extra_work) for name, plans in series.items()}
+    reports = [*cloud, *(report for plans in series.values() for report in plans)]
+    size = memory_axis(ax, max(r.peak_bytes for r in reports))
+    where = {id(r): (extra_work(r), r.peak_bytes / size) for r in (*reports, *measured)}
+    _plot_points(ax, [where[id(r)] for r in cloud], mfc="none", mec="#A8A8A8")
+    _work_axis(ax, [*where.values()], [])
+    lowest = min(series, key=lambda name: series[name][-1].peak_bytes)
+    for (name, plans), color in zip(series.items(), LINES, strict=False):
+        xy = [where[id(report)] for report in plans]
+        ax.plot(*zip(*xy, strict=True), "o-", color=color, mfc="white", lw=1)
+        style = {"color": color, "weight": "bold"}
+        style["va"], rise = ("top", -5) if name == lowest else ("bottom", 4)
+        note(ax, name, xy[-1], (6, rise), **style)
+    _plot_points(ax, [where[id(r)] for r in measured], mfc=INK, mec="none", ms=3.5)
+    for plain in [report for report in reports if not report.plan.segments][:1]:
+        note(ax, "no checkpointing", where[id(plain)], (8, 3), size=8)
+    dots = "  ● measured" if measured else ""
+    ax.set_xlabel(f"extra FLOPs, % of a step:  ○ predicted{dots}")
 
 
 def _extra_times(pairs: Iterable[Pair], size: int) -> list[tuple[float, float]]:

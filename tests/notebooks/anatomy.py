@@ -22,7 +22,7 @@ from tests.notebooks.notebook import (
 TAGS = {"nbval-ignore-output", "raises-exception"}
 IMPORT_LINES, CELL_LINES, STUB_LINES, MEDIAN_LINES = 8, 12, 16, 5
 PROSE_WORDS, COLUMNS, FILE_BYTES = 110, 79, 300_000
-FEWEST_CELLS, MOST_CELLS = 25, 70
+FEWEST_CELLS, MOST_CELLS = 25, 85
 
 INSTALL = re.compile(
     r"^\s*[!%]\s*(pip|conda|wget|curl)\b|pip install|sys\.path|urlopen|urlretrieve"

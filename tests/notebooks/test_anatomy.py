@@ -110,7 +110,7 @@ SPOILED = [  # cell 0 the title, 1 the imports, 3 code, -4 summary, -2 stub, -1 
     ),
     ("prose_is_short", with_source(2, "word " * 111)),
     ("has_a_sitting_of_cells", without_prose),
-    ("has_a_sitting_of_cells", with_more_prose(2, 50)),
+    ("has_a_sitting_of_cells", with_more_prose(2, 65)),
     ("is_a_small_file", with_output(3, PICTURE)),
     ("has_no_stray_metadata", lambda cells: cells[2].metadata.update(scrolled=True)),
     ("exempts_only_times_and_devices", with_tag(3, "hide-input")),

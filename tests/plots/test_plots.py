@@ -21,6 +21,7 @@ from helpers.plots import (
     memory_unit,
     plot_agreement,
     plot_frontier,
+    plot_fronts,
     plot_lines,
     plot_peaks,
     plot_ranks,
@@ -175,6 +176,21 @@ def test_the_tradeoff_has_a_ring_for_each_prediction_and_a_dot_if_measured(ax, r
     faces = [line.get_markerfacecolor() for line in ax.lines]
     assert faces[0] == faces[2] == "none" != faces[1]
     assert texts(ax) == ["pairs"]
+
+
+def test_fronts_are_lines_of_rings_with_a_dot_for_each_step_that_ran(ax, reports):
+    plain, pairs = reports
+    series = {"planned": [pairs, plain], "by hand": [plain]}
+    plot_fronts(ax, series, cloud=[plain], measured=[pairs])
+    cloud, planned, by_hand, dots = ax.lines
+    ring, dot = [(extra_work(r), r.peak_bytes / MIB) for r in reports]
+    assert list(zip(*planned.get_data(), strict=True)) == [ring, dot]
+    for line, places in ((cloud, [ring]), (by_hand, [ring]), (dots, [dot])):
+        assert list(zip(*line.get_data(), strict=True)) == places
+    assert planned.get_markerfacecolor() == by_hand.get_markerfacecolor() == "white"
+    assert dots.get_markerfacecolor() == planned.get_color() != by_hand.get_color()
+    assert texts(ax) == ["planned", "by hand", "no checkpointing"]
+    assert ax.get_xlabel().endswith("○ predicted  ● measured")
 
 
 def test_the_tradeoff_has_room_for_a_plan_that_was_measured_faster(ax, reports):
