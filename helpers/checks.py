@@ -1,9 +1,12 @@
 """Check a reader's answers: each check prints one line, and never raises."""
 
+import contextlib
 import copy
 import math
 import numbers
+from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,6 +16,7 @@ from helpers.measure import predict, random_numbers_kept, training_step
 from helpers.units import BLOCK_BYTES, format_bytes, format_flops
 
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "kB": 1e3, "MB": 1e6, "GB": 1e9}
+_tries: Counter[tuple] = Counter()  # wrong numbers so far; the third is told the answer
 
 
 def check_number(
@@ -77,6 +81,9 @@ def check_gradients(
     function: Callable[..., object],
     model_or_factory: nn.Module | Callable[[], nn.Module],
     batch: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    *,
+    runs: Mapping[str, tuple[int, str]] | None = None,
+    too_large: torch.Tensor | None = None,
 ) -> None:
     """Print whether a training function leaves the plain model's gradients, each bit.
 
@@ -85,26 +92,43 @@ def check_gradients(
             runs forward, loss and backward. It is given a copy of the model.
         batch: as in ``predict``, whose default loss the right gradients are of; both
             steps draw the same random numbers.
+        runs: how often modules are called in it, and what to say where they are not.
+        too_large: a batch that has no room, and that must not be trained on.
     """
     if _not_attempted(function):
         return
-    if isinstance(model_or_factory, nn.Module):
-        model = copy.deepcopy(model_or_factory)
-    else:
-        model = model_or_factory()
-    plain = copy.deepcopy(model)
-    inputs = batch if isinstance(batch, tuple) else (batch,)
+    is_made, counts = isinstance(model_or_factory, nn.Module), Counter()
+    model = copy.deepcopy(model_or_factory) if is_made else model_or_factory()
     model.zero_grad(set_to_none=True)
+    plain, other = copy.deepcopy(model), copy.deepcopy(model)
+    for name in runs or ():
+        note = partial(lambda name, *_: counts.update([name]), name)
+        model.get_submodule(name).register_forward_pre_hook(note)
     with random_numbers_kept():
         torch.manual_seed(0)
         training_step(plain, batch)()
         torch.manual_seed(0)
-        try:
-            returned = function(model, *inputs)
-        except Exception as error:
-            print(f"not yet: {type(error).__name__}: {_first_line(error)}")
-            return
-    print("not attempted" if returned is ... else _compare_gradients(plain, model))
+        told = _said_of(function, model, batch) or _compare_gradients(plain, model)
+        wrong = [why for name, (n, why) in (runs or {}).items() if counts[name] != n]
+        if not wrong and too_large is not None and _trains(function, other, too_large):
+            wrong = [f"{len(too_large):,} rows went through: where is the limit?"]
+    print(f"not yet: {wrong[0]}" if wrong and told.startswith("correct") else told)
+
+
+def _said_of(function: Callable, model: nn.Module, batch: object) -> str | None:
+    """Run a training function; say what is wrong if it does not come to its end."""
+    try:
+        returned = function(model, *(batch if isinstance(batch, tuple) else (batch,)))
+    except Exception as error:
+        return f"not yet: {type(error).__name__}: {_first_line(error)}"
+    return "not attempted" if returned is ... else None
+
+
+def _trains(function: Callable, model: nn.Module, x: torch.Tensor) -> bool:
+    with contextlib.suppress(Exception):
+        function(model, x)
+        return all(parameter.grad is not None for parameter in model.parameters())
+    return False
 
 
 def _check(
@@ -124,7 +148,13 @@ def _check(
     if answer == expected or close:
         print(f"correct: {in_words(expected)}")
         return
-    line = f"not yet: yours {in_words(answer)}, expected {in_words(expected)}"
+    exercise = in_words(expected), *(hints or ())
+    _tries[exercise] += 1
+    line = f"not yet: yours {in_words(answer)}"
+    if _tries[exercise] > 2:
+        line += f", expected {in_words(expected)}"
+    elif answer == answer:  # which a nan is not
+        line += f", too {'low' if answer < expected else 'high'}"
     hint = (hints or {}).get(answer) or (slip and slip(answer, expected))
     print(f"{line}; {hint}" if hint else line)
 

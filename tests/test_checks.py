@@ -1,11 +1,16 @@
 """A check prints one line: not attempted, correct or what is wrong; it never raises."""
 
+from collections import Counter
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
+from helpers import checks
 from helpers.checkpointing import Plan, checkpointed
 from helpers.checks import check_bytes, check_gradients, check_number, check_plan
+from helpers.measure import memory_limit
 from helpers.models import uniform_mlp
 
 X = torch.randn(4, 1024)
@@ -17,6 +22,11 @@ def four_layers():
 
 def small():
     return uniform_mlp(depth=2, width=8, dropout=0.5)
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_tried_before(monkeypatch):
+    monkeypatch.setattr(checks, "_tries", Counter())
 
 
 @pytest.fixture
@@ -51,11 +61,11 @@ def test_nothing_was_tried(check, nothing, printed):
         (5, 5, "correct: 5 layers"),
         (5.0, 5, "correct: 5 layers"),
         (torch.ones(3).mean().item(), 1, "correct: 1 layers"),
-        (1999, 2000, "not yet: yours 1,999 layers, expected 2,000 layers"),
+        (1999, 2000, "not yet: yours 1,999 layers, too low"),
         (1.9999, 2.0, "correct: 2.0 layers"),
-        (1.9, 2.0, "not yet: yours 1.9 layers, expected 2.0 layers"),
-        (float("nan"), 2, "not yet: yours nan layers, expected 2 layers"),
-        (6, 5, "not yet: yours 6 layers, expected 5 layers; the output counts too"),
+        (1.9, 2.0, "not yet: yours 1.9 layers, too low"),
+        (float("nan"), 2, "not yet: yours nan layers"),
+        (6, 5, "not yet: yours 6 layers, too high; the output counts too"),
         ("5", 5, "not yet: this is a str; a number is asked for"),
         (True, 1, "not yet: this is a bool; a number is asked for"),
         (torch.tensor(5), 5, "not yet: this is a Tensor; a number is asked for"),
@@ -74,16 +84,40 @@ def test_a_number(answer, expected, line, printed):
         (41, "; that is KiB; give bytes"),
         (41.98, "; that is kB; give bytes"),
         (41_960, "; each tensor is rounded up to whole blocks of 512 B"),
-        (512, "yours 512 B, expected 41,984 B (41.0 KiB)"),
+        (512, "yours 512 B, too low"),
         (1024, "; the bias alone"),
-        (40, "yours 40 B, expected 41,984 B (41.0 KiB)"),
-        (float("inf"), "expected 41,984 B (41.0 KiB)"),
+        (40, "yours 40 B, too low"),
+        (float("inf"), "yours inf B (inf GiB), too high"),
         ([41_984], "this is a list; a number is asked for"),
     ],
 )
 def test_bytes(answer, ending, printed):
     check_bytes(answer, 41_984, hints={1024: "the bias alone"})
     assert printed().endswith(ending)
+
+
+@pytest.mark.parametrize(
+    "check, right, wrong",
+    [
+        (partial(check_number, expected=4321, unit="rows"), "4,321", (1, 9999, 2)),
+        (partial(check_number, expected=0.4321), "0.4321", (0.1, 0.9, 0.1)),
+        (partial(check_bytes, expected_bytes=41_984), "41,984", (10_496, 41, 512)),
+        (partial(check_bytes, expected_bytes=5120, hints={1: "a"}), "5,120", (1, 1, 1)),
+    ],
+)
+def test_the_answer_comes_at_the_third_wrong_number(check, right, wrong, printed):
+    for no_number in ("1", None, ..., [1]):
+        check(no_number)
+        assert right not in printed()
+    *first, third = wrong
+    for answer in first:
+        check(answer)
+        line = printed()
+        assert line.startswith("not yet: yours") and right not in line
+    check_bytes(1, 777)  # another exercise has tries of its own
+    assert "777" not in printed()
+    check(third)
+    assert f"expected {right}" in printed()
 
 
 @pytest.mark.parametrize(
@@ -170,3 +204,73 @@ def test_gradients_of_a_batch_with_a_target(printed):
 
     check_gradients(train, small, (X[:, :8], torch.tensor([0, 1, 2, 3])))
     assert printed() == SAME
+
+
+def plainly(model, x):
+    model(x).sum().backward()
+
+
+def by_checkpoint(model, x):
+    x = torch.utils.checkpoint.checkpoint(model.layer1, x, use_reentrant=False)
+    model[1:](x).sum().backward()
+
+
+def test_what_has_to_run_again_is_counted(printed):
+    again = {"layer1.0": (2, "is layer1 in a segment?"), "layer2.0": (1, "only it")}
+    for train, said in (
+        (by_checkpoint, SAME),
+        (plainly, "not yet: is layer1 in a segment?"),
+        (twice, "not yet: the gradient of layer1.0.weight differs"),
+    ):
+        check_gradients(train, small, X[:, :8], runs=again)
+        assert printed().startswith(said)
+
+
+LIMIT_BYTES = 330_000
+FITS, NO_ROOM = torch.randn(1024, 8), torch.randn(40_000, 8)
+REFUSED_AND_AGAIN = {"layer1.0": (3, "is it refused first, and in pairs then?")}
+
+
+def trying(*plans, limit_bytes=LIMIT_BYTES):
+    """Make a training function that goes on with the next plan where one is refused."""
+
+    def train(model, x):
+        for plan in plans:
+            try:
+                with memory_limit(limit_bytes, "cpu"), checkpointed(model, plan):
+                    return plainly(model, x)
+            except torch.OutOfMemoryError:
+                pass
+        return None
+
+    return train
+
+
+def with_no_limit_at_last(model, x):
+    trying(Plan())(model, x)
+    with checkpointed(model, PAIRS):
+        plainly(model, x)
+
+
+PAIRS = Plan((("layer1", "layer2"), ("layer3", "layer4")))
+
+
+def eight():
+    return uniform_mlp(depth=4, width=8, activation="gelu")
+
+
+@pytest.mark.parametrize(
+    "train, said",
+    [
+        (trying(Plan(), PAIRS), SAME),
+        (plainly, "not yet: is it refused first"),
+        (trying(PAIRS), "not yet: is it refused first"),
+        (trying(Plan(), PAIRS, limit_bytes=2**30), "not yet: is it refused first"),
+        (trying(Plan()), NONE),
+        (with_no_limit_at_last, "not yet: 40,000 rows went through: where is the"),
+    ],
+)
+def test_a_limit_and_a_retry_are_both_asked_for(train, said, printed):
+    how = {"runs": REFUSED_AND_AGAIN, "too_large": NO_ROOM}
+    check_gradients(train, eight, FITS, **how)
+    assert printed().startswith(said)
