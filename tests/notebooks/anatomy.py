@@ -13,8 +13,11 @@ from tests.notebooks.notebook import (
     FENCE,
     Notebook,
     anchors,
+    driven,
     is_stub,
+    labs_made,
     output_text,
+    shown_last,
     syntax,
     tags,
 )
@@ -205,6 +208,25 @@ def names_no_machine(notebook: Notebook) -> Iterator[str]:
             yield f"{at} has {found[0]!r}"
 
 
+def leaves_labs_as_shown(notebook: Notebook) -> Iterator[str]:
+    """After Run All a lab shows what the prose below it says: no later cell drives it.
+
+    A cell shows a lab by its last line. Before prose follows it may still be driven.
+    """
+    labs: set[str] = set()
+    shown: dict[str, str] = {}
+    described: dict[str, str] = {}
+    for at, cell in notebook.cells:
+        if cell.cell_type != "code":
+            described |= shown
+            continue
+        for name in described.keys() & driven(cell) - labs_made(cell):
+            yield f"{at} drives {name!r}, which {described[name]} shows"
+        labs |= labs_made(cell)
+        described = {n: p for n, p in described.items() if n not in labs_made(cell)}
+        shown = {name: at for name in labs & {shown_last(cell)}}
+
+
 RULES = [
     counts_run_in_order,
     opens_with_its_question,
@@ -221,4 +243,5 @@ RULES = [
     fits_in_its_columns,
     ends_with_exercises,
     names_no_machine,
+    leaves_labs_as_shown,
 ]

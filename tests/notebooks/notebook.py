@@ -99,3 +99,41 @@ def anchors(path: Path) -> set[str]:
     titles = (re.sub(r"[`*]|\]\([^)]*\)|\[", "", t) for _, t in notebook.headings())
     named = re.findall(r"(?:id|name)=\"([^\"]+)\"", text)
     return {title.replace(" ", "-") for title in titles} | set(named)
+
+
+def root(node: ast.AST) -> str | None:
+    """Return ``x`` of ``x.a[0].b(1)``."""
+    while isinstance(node, ast.Attribute | ast.Subscript | ast.Call):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def labs_made(cell: nbformat.NotebookNode) -> set[str]:
+    """Return the names that a code cell gives to new labs."""
+    made = [node for node in syntax(cell) if isinstance(node, ast.Assign)]
+    made = [
+        it for it in made if re.match(r"([\w.]+\.)?\w*Lab\(", ast.unparse(it.value))
+    ]
+    return {ast.unparse(target) for it in made for target in it.targets}
+
+
+def shown_last(cell: nbformat.NotebookNode) -> str | None:
+    """Return the name that a code cell shows by its last line."""
+    last = [it for tree in syntax(cell)[:1] for it in tree.body[-1:]]
+    words = "".join(map(ast.unparse, last))
+    return words if words.isidentifier() else None
+
+
+def driven(cell: nbformat.NotebookNode) -> set[str]:
+    """Return the names whose values a code cell may change.
+
+    Such is ``x`` in ``x.plan = …``, in ``x.boxes["layer1"].value = …``, also at the
+    head of a loop, and where a part of it is called: ``x.least.click()``.
+    """
+    found = set()
+    for node in syntax(cell):
+        is_stored = isinstance(getattr(node, "ctx", None), ast.Store)
+        called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        if called or (is_stored and not isinstance(node, ast.Name)):
+            found.add(root(node))
+    return found - {None}

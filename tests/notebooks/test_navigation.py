@@ -1,5 +1,7 @@
 """Links between notebooks, and README's table, are as `make nav` writes them."""
 
+import re
+
 import pytest
 
 from tests.notebooks.navigation import README, bar, bars, notebooks, table
@@ -29,3 +31,20 @@ def test_a_notebook_ends_with_links_to_its_neighbours(book, links):
 
 def test_the_readme_lists_every_notebook_with_its_question():
     assert table(BOOKS) in README.read_text()
+
+
+def minutes(book) -> int:
+    """Read how long a notebook takes, from its first cell."""
+    (found,) = re.findall(r"^About (\d+) minutes", book.content.cells[0].source, re.M)
+    return int(found)
+
+
+def test_the_hours_that_are_promised_are_the_sum_of_the_pages():
+    first, *_ = BOOKS
+    for text in (README.read_text(), first.content.cells[0].source):
+        assert "about eight hours" in text
+    assert 7.25 * 60 <= sum(map(minutes, BOOKS)) <= 8.5 * 60
+    by_number = {book.path.stem[:2]: book for book in BOOKS}
+    own = by_number["10"].content.cells[0].source
+    assert "of which your own model takes ten" in own
+    assert minutes(by_number["00"]) + minutes(by_number["03"]) + 10 <= 60
