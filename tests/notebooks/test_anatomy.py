@@ -12,15 +12,11 @@ from tests.notebooks.notebook import Notebook
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
-NOT_YET = {("03_flip_the_layers", "leaves_labs_as_shown")}
-
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(path, rule):
     problems = list(rule(Notebook.read(path)))
-    if problems and (path.stem, rule.__name__) in NOT_YET:
-        pytest.xfail("\n".join(problems))
     if problems:
         pytest.fail("\n".join(problems), pytrace=False)
 

@@ -6,7 +6,6 @@ import pytest
 from matplotlib.figure import Figure
 
 from helpers.checkpointing import Plan
-from helpers.controls._picture import LabPicture
 from helpers.plots import (
     INK,
     RECORDED,
@@ -231,17 +230,3 @@ def test_recorded_plans_are_grey_dots_in_the_tradeoff(ax, reports):
     ax.clear()
     plot_tradeoff(ax, reports)
     assert len(drawn(ax)) == 1 and "recorded" not in ax.get_xlabel()
-
-
-def test_the_labs_picture_shows_the_plans_that_were_tried_and_recorded(reports):
-    none, plan = reports = reports[:2]
-    base = timed(none, 10)
-    found = {none.plan: (base, base), plan.plan: (timed(plan, 13), base)}
-    drawer = LabPicture()
-    plain = drawer.draw(none, plan, reports)
-    grey = drawer.draw(none, plan, reports, recorded=found)
-    assert drawer.draw(none, plan, reports, recorded={}) == plain != grey
-    other = {PLANS[2]: (timed(plan, 13), base)}
-    assert drawer.draw(none, plan, reports, recorded=other) == plain
-    assert drawer.draw(none, plan, reports, recorded=found) == grey
-    assert LabPicture().draw(none, plan, reports, recorded=found) == grey
