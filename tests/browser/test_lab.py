@@ -210,6 +210,8 @@ def test_a_notebook_runs_and_its_lab_answers(browser, url):
     expect(page.locator('[data-mime-type*="error"]')).to_have_count(0)
     # The page's other cells leave this lab as its prose describes it.
     panel = Panel(page)
+    # JupyterLab lays out what is in view alone, and the picture is drawn for its size.
+    page.locator(".layer-lab").first.scroll_into_view_if_needed()
     assert_answered(panel, Plan((("layer2", "layer3", "layer4"),)))
     panel.button("none").click()
     panel.wait_for(says(Plan()))
