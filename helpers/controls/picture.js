@@ -378,6 +378,7 @@ function render({ model, el }) {
   const paint = () => {
     const now = shown(), lines = [model.get("before"), model.get("after")];
     grid.hidden = !now.finding;
+    panels.peaks.setAttribute("aria-label", now.finding); // also where it has no size yet
     if (!now.finding || !panels.after.room?.width) return;
     const most = Math.max(...lines.map((line) => line.peak.bytes), ...now.tried.map((one) => one.peak));
     const near = now.limit && now.limit.bytes < 2.5 * most ? now.limit.bytes : 0;
