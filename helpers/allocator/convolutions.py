@@ -9,19 +9,10 @@ import math
 
 import torch
 
-from helpers.allocator.kernels import of_dense_gradient
+from helpers.allocator.kernels import copies, of_dense_gradient
 from helpers.allocator.scratch import WORKSPACE, Gpu
 from helpers.timeline.operators import Requests
 from helpers.units import round_to_block
-
-
-def _copies(*tensors: torch.Tensor) -> Requests:
-    """Copy what does not lie row by row."""
-    return tuple(_bytes(x) for x in tensors if not x.is_contiguous())
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def of_convolution(args: tuple, gpu: Gpu) -> Requests:
@@ -30,10 +21,10 @@ def of_convolution(args: tuple, gpu: Gpu) -> Requests:
     if torch.backends.cudnn.enabled:
         return ()
     if _is_depthwise(x, groups, transposed):
-        return _copies(x, weight)
+        return copies(x, weight)
     plain = [*stride, *dilation, *weight.shape[2:]] == [1] * 3 * len(stride)
     if plain and len(stride) < 3 and not any(padding) and not transposed:
-        return *_copies(x, weight), WORKSPACE  # they are the sample itself
+        return *copies(x, weight), WORKSPACE  # they are the sample itself
     ones: Requests = ()
     if transposed and bias is not None:
         steps = zip(
@@ -44,7 +35,7 @@ def of_convolution(args: tuple, gpu: Gpu) -> Requests:
         )
         ones = (math.prod(sizes) * x.element_size(),)
     patches = _patches(x, weight, stride, padding, dilation, transposed)
-    return *_copies(x, weight), patches, *ones, WORKSPACE
+    return *copies(x, weight), patches, *ones, WORKSPACE
 
 
 def of_convolution_backward(args: tuple, gpu: Gpu) -> Requests:
@@ -52,7 +43,7 @@ def of_convolution_backward(args: tuple, gpu: Gpu) -> Requests:
     gradient, x, weight, _, stride, padding, dilation, transposed, _, groups = args[:10]
     if torch.backends.cudnn.enabled:
         return of_dense_gradient(args, gpu)
-    copied, biases = _copies(gradient, x, weight), gradient.shape[1]
+    copied, biases = copies(gradient, x, weight), gradient.shape[1]
     n_bytes = biases * x.element_size() if args[10][2] else 0
     if _is_depthwise(x, groups, transposed):  # the biases' gradient comes after them
         after = round_to_block(n_bytes)

@@ -20,8 +20,9 @@ def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def copies(*tensors: torch.Tensor) -> Requests:
+    """Copy what does not lie row by row, such as a sum's gradient, expanded."""
+    return tuple(x.nbytes for x in tensors if not x.is_contiguous())
 
 
 def of_dense_gradient(args: tuple, gpu: Gpu) -> Requests:
@@ -32,13 +33,13 @@ def of_dense_gradient(args: tuple, gpu: Gpu) -> Requests:
     gradient, *others = args[:2]
     axes, like = gradient.dim(), others[0] if others else None
     if axes not in (4, 5):
-        return () if gradient.is_contiguous() else (_bytes(gradient),)
+        return copies(gradient)
     layout = torch.channels_last if axes == 4 else torch.channels_last_3d
     like = like if isinstance(like, torch.Tensor) and like.dim() == axes else gradient
     if like.is_contiguous() or not like.is_contiguous(memory_format=layout):
         layout = torch.contiguous_format
     dense = gradient.is_contiguous(memory_format=layout)
-    return () if dense else (_bytes(gradient),)
+    return () if dense else (gradient.nbytes,)
 
 
 def of_average_backward(args: tuple, gpu: Gpu) -> Requests:
@@ -70,7 +71,7 @@ def of_flash_backward(args: tuple, gpu: Gpu) -> Requests:
 
 def _by_words(tensor: torch.Tensor) -> Requests:
     """Copy what does not lie word by word, and in a word head by head."""
-    return () if tensor.transpose(1, 2).is_contiguous() else (_bytes(tensor),)
+    return copies(tensor.transpose(1, 2))
 
 
 def of_efficient_backward(args: tuple, gpu: Gpu) -> Requests:
@@ -109,7 +110,7 @@ def _splits(parallel: int, keys: int, wide: int) -> int:
 def of_softmax_backward(args: tuple, gpu: Gpu) -> Requests:
     """The gradient times the output."""
     gradient, output = args[:2]
-    return (max(_bytes(gradient), _bytes(output)),)
+    return (max(gradient.nbytes, output.nbytes),)
 
 
 def of_safe_softmax(args: tuple, gpu: Gpu) -> Requests:
@@ -138,7 +139,7 @@ def of_bag_backward(args: tuple, gpu: Gpu) -> Requests:
 
 def _of_sorted(gradient, ids, rows: int, is_scaled: bool) -> Requests:
     """Sort the ids, and add up the rows of each in parts of ten."""
-    count, each = ids.numel(), _bytes(ids)
+    count, each = ids.numel(), ids.nbytes
     kinds = min(count, rows)
     parts = count // 10 + kinds
     sums = parts * gradient.shape[-1] * _FLOAT

@@ -91,7 +91,7 @@ def _of_product(args: tuple, gpu: Gpu) -> Requests:
     """Copy what cuBLAS cannot read."""
     factors = [x for x in args if isinstance(x, torch.Tensor)][-2:]
     unread = (factor for factor in factors if not _can_be_read(factor))
-    return (*(x.numel() * x.element_size() for x in unread), WORKSPACE)
+    return (*(x.nbytes for x in unread), WORKSPACE)
 
 
 def _of_reduction(args: tuple, gpu: Gpu) -> Requests:

@@ -8,14 +8,11 @@ import math
 
 import torch
 
+from helpers.allocator.kernels import copies
 from helpers.allocator.scratch import Gpu
 from helpers.timeline.operators import Requests
 
 _NONE = 0  # a loss's reduction: none
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _reduces(args: tuple, place: int) -> bool:
@@ -45,12 +42,12 @@ def of_bce(args: tuple, gpu: Gpu) -> Requests:
 
 def of_bce_with_logits(args: tuple, gpu: Gpu) -> Requests:
     """Logarithms of the probabilities, and the losses."""
-    n_bytes = _bytes(args[0])
+    n_bytes = args[0].nbytes
     return (n_bytes, n_bytes) if _reduces(args, 4) else (n_bytes,)
 
 
 def of_soft_margin_backward(args: tuple, gpu: Gpu) -> Requests:
-    return _bytes(args[1]), _bytes(args[1])
+    return args[1].nbytes, args[1].nbytes
 
 
 def of_margin(args: tuple, gpu: Gpu) -> Requests:
@@ -64,18 +61,16 @@ def of_margin(args: tuple, gpu: Gpu) -> Requests:
 
 
 def of_contiguous(args: tuple, gpu: Gpu) -> Requests:
-    """A copy of what does not lie row by row, such as a sum's gradient, expanded."""
-    return () if args[0].is_contiguous() else (_bytes(args[0]),)
+    return copies(args[0])
 
 
 def of_all_contiguous(args: tuple, gpu: Gpu) -> Requests:
-    tensors = [x for x in args if isinstance(x, torch.Tensor)]
-    return tuple(_bytes(x) for x in tensors if not x.is_contiguous())
+    return copies(*(x for x in args if isinstance(x, torch.Tensor)))
 
 
 def of_rrelu(args: tuple, gpu: Gpu) -> Requests:
     """What comes in and what goes out, row by row."""
-    return () if args[0].is_contiguous() else (_bytes(args[0]), _bytes(args[0]))
+    return 2 * copies(args[0])
 
 
 def of_largest(args: tuple, gpu: Gpu) -> Requests:
@@ -84,22 +79,21 @@ def of_largest(args: tuple, gpu: Gpu) -> Requests:
     if x.is_contiguous():
         return ()
     count = math.prod(x.shape[:-2]) * math.prod(sizes)
-    return count * x.element_size(), count * 8, _bytes(x)
+    return count * x.element_size(), count * 8, x.nbytes
 
 
 def of_largest_backward(args: tuple, gpu: Gpu) -> Requests:
     gradient, x, places = args
-    out = () if x.is_contiguous() else (_bytes(x),)
-    return *of_all_contiguous((gradient, places), gpu), *out
+    return copies(gradient, places, x)
 
 
 def of_copy(args: tuple, gpu: Gpu) -> Requests:
-    return (_bytes(args[0]),)
+    return (args[0].nbytes,)
 
 
 def of_patches(args: tuple, gpu: Gpu) -> Requests:
     """What is made as large as the input, before it grows."""
-    return *of_contiguous(args, gpu), _bytes(args[0])
+    return *copies(args[0]), args[0].nbytes
 
 
 def of_power(args: tuple, gpu: Gpu) -> Requests:
@@ -114,7 +108,7 @@ def of_logsumexp(args: tuple, gpu: Gpu) -> Requests:
     """The exponentials, and the largest of each row."""
     x, dims = args[0], args[1]
     rows = x.numel() // math.prod(x.shape[dim] for dim in dims)
-    return _bytes(x), rows * x.element_size()
+    return x.nbytes, rows * x.element_size()
 
 
 def of_sort(args: tuple, gpu: Gpu) -> Requests:

@@ -42,7 +42,9 @@ class StepFields(widgets.VBox):
         self.card = self._choice("card", cards, None)
         look = {"description": "my GPU, GiB", "tooltip": "my GPU has so many GiB"}
         self.memory = widgets.FloatText(0, step=1, layout=WIDE, **look)
-        fields = [self.optimizer, self.precision, self.card, self.memory]
+        self._options = {"optimizer": self.optimizer, "autocast": self.precision}
+        self._options["gpu"] = self.card
+        fields = [*self._options.values(), self.memory]
         for field in fields:
             field.style.description_width = "86px"
             heard = limited if field is self.memory else changed
@@ -63,25 +65,19 @@ class StepFields(widgets.VBox):
     @property
     def options(self) -> dict[str, object]:
         """What a step is predicted with, where it is not the default."""
-        fields = {"optimizer": self.optimizer, "autocast": self.precision}
-        fields["gpu"] = self.card
-        chosen = {name: self._meant[one][one.value] for name, one in fields.items()}
+        chosen = {n: self._meant[one][one.value] for n, one in self._options.items()}
         return {name: value for name, value in chosen.items() if value is not None}
 
     def write(self, options: dict[str, object]) -> None:
         """Show what the step is, where the reader's wish could not be granted."""
-        for name, field in (
-            ("optimizer", self.optimizer),
-            ("autocast", self.precision),
-            ("gpu", self.card),
-        ):
+        for name, field in self._options.items():
             meant = self._meant[field]
             field.value = next(n for n in meant if meant[n] is options.get(name))
 
     def limit(self, report: StepReport) -> dict[str, object] | None:
         """Say whether a step fits into the card's memory; None if none is given.
 
-        Counted as in ``plan_for``: what the allocator takes, workspace included.
+        Counted as the allocator does, workspace included.
         """
         has_bytes = round(self.memory.value * GIB)
         if has_bytes <= 0:

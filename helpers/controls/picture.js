@@ -183,7 +183,6 @@ function drawPeaks(panel, lines, shown, scale, colors) {
     floor -= 15;
   });
   panel.replaceChildren(...parts);
-  panel.setAttribute("aria-label", shown.finding);
 }
 
 // Medians with their quartiles; of two at a place the lower one is named below.

@@ -5,7 +5,6 @@ import gc
 import torch
 
 from helpers.checkpointing import Plan, checkpointed
-from helpers.measure import training_step
 from helpers.timeline import state_tensors, tensors_in
 from helpers.units import round_to_block
 from tests.nocard.cases import Case
@@ -24,12 +23,7 @@ def fresh() -> None:
 def allocator_of(case: Case, plan: Plan) -> dict[str, int]:
     """Run a loop of three steps, and count the last; as a report's fields."""
     fresh()
-    with torch.device("cuda"):
-        model, batch = case.make_model(), case.make_batch()
-    settings = {"optimizer": None, **case.settings}
-    optimizer = settings.pop("optimizer")
-    made = optimizer(model.parameters()) if optimizer else None
-    step = training_step(model, batch, optimizer=made, **settings)
+    model, batch, made, step = case.on_device()
     with checkpointed(model, plan):
         for _ in range(STEPS - 1):
             step()

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from helpers.checkpointing import Plan
+from helpers.measure import training_step
 from helpers.models import GPT, MLP, DocsMLP, Encoder, ResNet, UNet, uniform_mlp
 
 ADAMW = torch.optim.AdamW
@@ -27,6 +28,16 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+    def on_device(self) -> tuple:
+        """Make model, batch and optimizer there, and a step of them."""
+        with torch.device("cuda"):
+            model, batch = self.make_model(), self.make_batch()
+        settings = {"optimizer": None, **self.settings}
+        make = settings.pop("optimizer")
+        made = make(model.parameters()) if make else None
+        step = training_step(model, batch, optimizer=made, **settings)
+        return model, batch, made, step
 
 
 def layers(count: int) -> list[str]:

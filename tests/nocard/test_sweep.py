@@ -13,7 +13,7 @@ import torch
 from helpers.checkpointing import Plan, Undo
 from helpers.dry_run import autocast as casts
 from helpers.dry_run import kernels
-from helpers.measure import StepReport, predict, training_step
+from helpers.measure import StepReport, predict
 from helpers.timeline import Timeline, record_timeline
 from tests.dry_run import operators as table
 from tests.nocard import sweep
@@ -119,12 +119,7 @@ def refused(case: Case) -> bool:
 
 def watched(case: Case) -> Timeline:
     """Record the second step of a case on the device."""
-    with torch.device("cuda"):
-        model, batch = case.make_model(), case.make_batch()
-    settings = {"optimizer": None, **case.settings}
-    make = settings.pop("optimizer")
-    optimizer = make(model.parameters()) if make else None
-    step = training_step(model, batch, optimizer=optimizer, **settings)
+    model, batch, optimizer, step = case.on_device()
     step()
     return record_timeline(step, model, batch=batch, optimizer=optimizer)
 
