@@ -59,7 +59,7 @@ $(CUDA_VENV)/.installed: requirements.lock Makefile
 	mkdir -p $(CUDA_VENV)/none
 	PIP_FIND_LINKS=$(CURDIR)/$(CUDA_VENV)/none $(CUDA_VENV)/bin/pip install \
 	  -c requirements.lock torch torchvision timm numpy pandas tqdm pytest transformers \
-	  matplotlib ipython ipywidgets cloudpickle \
+	  anywidget matplotlib ipython ipywidgets cloudpickle pillow \
 	  'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-cccl==13.0.*'
 	touch $@
 

@@ -80,6 +80,11 @@ def test_cudas_tests_have_an_environment_and_a_job_of_their_own():
     makefile = (ROOT / "Makefile").read_text()
     assert "PIP_FIND_LINKS=$(CURDIR)/$(CUDA_VENV)/none" in makefile, "a wheel with CUDA"
     assert "-c requirements.lock torch" in makefile, "of the pinned version"
+    installed = re.search(r"-c requirements.lock (torch[^']*)", makefile)[1].split()
+    for dependency in PROJECT["dependencies"]:  # notebooks run there, without Jupyter
+        assert (name := Requirement(dependency).name) in [*installed, "jupyterlab"], (
+            name
+        )
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
     steps = workflow["jobs"]["test-cuda"]["steps"]
     assert steps[-1] == {"run": "make test-cuda"}
