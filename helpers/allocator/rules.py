@@ -43,6 +43,9 @@ _RULES = {
     "temporaries.of_distance": "dist",
     "temporaries.of_contiguous": """_log_softmax_backward_data nll_loss_backward roll
       multilabel_margin_loss_backward multi_margin_loss_backward col2im""",
+    "temporaries.of_place": "argmax argmin max.dim min.dim",
+    "temporaries.of_extreme": "amax amin max min",
+    "temporaries.of_norm": "linalg_vector_norm",
     "temporaries.of_copy": "mode",
     "temporaries.of_all_contiguous": "max_unpool2d max_unpool3d",
     "temporaries.of_rrelu": "rrelu_with_noise_",

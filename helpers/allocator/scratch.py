@@ -94,18 +94,23 @@ def _of_product(args: tuple, gpu: Gpu) -> Requests:
     return (*(x.nbytes for x in unread), WORKSPACE)
 
 
-def _of_reduction(args: tuple, gpu: Gpu) -> Requests:
-    """Give each block of threads a place for the part that it adds up."""
+def of_reduction(args: tuple, gpu: Gpu, sum_bytes: int = 0) -> Requests:
+    """Give each block of threads a place for the part that it adds up.
+
+    Args:
+        sum_bytes: of such a part, for each output; default: as of a sum, 4 or more.
+    """
     x, dims = args[0], args[1] if len(args) > 1 else None
     if not x.numel():
         return ()
-    if not x.is_floating_point():  # they are counted in a wider type
-        return () if x.element_size() == 8 else (x.numel() * 8,)
+    item_bytes, copy = x.element_size(), ()
+    if not sum_bytes and item_bytes < 8 and not x.is_floating_point():
+        copy, item_bytes = (x.numel() * 8,), 8  # they are counted in a wider type
     dims = range(x.dim()) if not dims else [dim % x.dim() for dim in dims]
-    item_bytes = x.element_size()
-    address = x.storage_offset() * item_bytes
+    address = x.storage_offset() * item_bytes if not copy else 0
     axes = _coalesced(_axes(x.shape, x.stride(), dims))
-    return _of_sum(axes, item_bytes, address, gpu)
+    kind = item_bytes, sum_bytes or max(item_bytes, 4)  # halves are added in float32
+    return *copy, *_of_sum(axes, kind, address, gpu)
 
 
 def _of_addition(args: tuple, gpu: Gpu) -> Requests:
@@ -126,7 +131,7 @@ _PRODUCTS += (_aten.dot, _aten.vdot, _aten.addbmm, _aten._addmm_activation)
 _SUMS = _aten.sum.default, _aten.sum.dim_IntList, _aten.mean.default, _aten.mean.dim
 _RULE_OF: dict[torch._ops.OpOverload, Callable] = {
     **dict.fromkeys((product.default for product in _PRODUCTS), _of_product),
-    **dict.fromkeys(_SUMS, _of_reduction),
+    **dict.fromkeys(_SUMS, of_reduction),
     _aten.add.Tensor: _of_addition,
 }
 _RULES: dict[object, Callable | None] = {
@@ -182,15 +187,17 @@ def _coalesced(axes: list[_Axis]) -> list[_Axis]:
     return joined
 
 
-def _of_sum(axes: list[_Axis], item_bytes: int, address: int, gpu: Gpu) -> Requests:
+def _of_sum(
+    axes: list[_Axis], kind: tuple[int, int], address: int, gpu: Gpu
+) -> Requests:
     """Halve what 32 bits cannot index, as often as it takes; the larger half counts."""
-    numel = math.prod(axis.size for axis in axes)
+    numel, item_bytes = math.prod(axis.size for axis in axes), kind[0]
     extents = [
         (axis.size - 1) * max(axis.stride, axis.output_stride) * item_bytes
         for axis in axes
     ]
     if max(numel, 1 + sum(extents)) < 2**31:
-        return _of_kernel(axes, item_bytes, address, gpu)
+        return _of_kernel(axes, kind, address, gpu)
     longest = extents.index(max(extents))
     axis = axes[longest]
     half = axis.size // 2
@@ -198,7 +205,7 @@ def _of_sum(axes: list[_Axis], item_bytes: int, address: int, gpu: Gpu) -> Reque
 
     def part(size: int, start: int) -> Requests:
         parts = [*axes[:longest], axis._replace(size=size), *axes[longest + 1 :]]
-        return _of_sum(parts, item_bytes, start, gpu)
+        return _of_sum(parts, kind, start, gpu)
 
     return max(part(half, address), part(axis.size - half, middle), key=sum)
 
@@ -206,7 +213,9 @@ def _of_sum(axes: list[_Axis], item_bytes: int, address: int, gpu: Gpu) -> Reque
 # One kernel -------------------------------------------------------------------------
 
 
-def _of_kernel(axes: list[_Axis], item_bytes: int, address: int, gpu: Gpu) -> Requests:
+def _of_kernel(
+    axes: list[_Axis], kind: tuple[int, int], address: int, gpu: Gpu
+) -> Requests:
     """Size a kernel's buffer for partial sums, and its semaphores."""
     summed = [axis for axis in axes if not axis.output_stride]
     kept = [axis for axis in axes if axis.output_stride]
@@ -219,7 +228,7 @@ def _of_kernel(axes: list[_Axis], item_bytes: int, address: int, gpu: Gpu) -> Re
     fastest = summed[0] if along_rows else kept[0]
     vector = 1  # outputs that a thread sums at once
     if fastest.stride == 1 and not along_rows:
-        vector = _vector(kept[0], [*summed, *kept[1:]], address // item_bytes)
+        vector = _vector(kept[0], [*summed, *kept[1:]], address // kind[0])
         dim0 //= vector
     elif fastest.stride == 1 and dim0 >= 128 and len(summed) == 1:
         dim0 //= 4
@@ -239,7 +248,7 @@ def _of_kernel(axes: list[_Axis], item_bytes: int, address: int, gpu: Gpu) -> Re
     blocks = max(min(-(-target // grid), -(-values // 16)), -(-values // 256))
     if blocks == 1:
         return ()
-    buffer = max(item_bytes, 4) * n_outputs * blocks  # sums of halves are in float32
+    buffer = kind[1] * n_outputs * blocks
     buffer *= 1 if along_rows else width * vector
     return buffer, 4 * grid
 

@@ -9,7 +9,7 @@ import math
 import torch
 
 from helpers.allocator.kernels import copies
-from helpers.allocator.scratch import Gpu
+from helpers.allocator.scratch import Gpu, of_reduction
 from helpers.timeline.operators import Requests
 
 _NONE = 0  # a loss's reduction: none
@@ -24,9 +24,12 @@ def _reduces(args: tuple, place: int) -> bool:
 
 
 def of_loss(args: tuple, gpu: Gpu) -> Requests:
-    """The loss of each number, before their mean."""
+    """The loss of each number, and what their mean takes."""
+    if not _reduces(args, 2):
+        return ()
     sizes = torch.broadcast_shapes(args[0].shape, args[1].shape)
-    return (math.prod(sizes) * args[0].element_size(),) if _reduces(args, 2) else ()
+    losses = args[0].new_empty(sizes)
+    return losses.nbytes, *of_reduction((losses,), gpu)
 
 
 def of_distance(args: tuple, gpu: Gpu) -> Requests:
@@ -37,13 +40,17 @@ def of_distance(args: tuple, gpu: Gpu) -> Requests:
 def of_bce(args: tuple, gpu: Gpu) -> Requests:
     """The mean, which is copied to where the losses were."""
     place = 3 if len(args) > 2 and not isinstance(args[2], int) else 2
-    return (args[0].element_size(),) if _reduces(args, place) else ()
+    if not _reduces(args, place):
+        return ()
+    return args[0].element_size(), *of_reduction((args[0],), gpu)
 
 
 def of_bce_with_logits(args: tuple, gpu: Gpu) -> Requests:
-    """Logarithms of the probabilities, and the losses."""
+    """Logarithms of the probabilities, the losses, and what their mean takes."""
     n_bytes = args[0].nbytes
-    return (n_bytes, n_bytes) if _reduces(args, 4) else (n_bytes,)
+    if not _reduces(args, 4):
+        return (n_bytes,)
+    return n_bytes, n_bytes, *of_reduction((args[0],), gpu)
 
 
 def of_soft_margin_backward(args: tuple, gpu: Gpu) -> Requests:
@@ -55,6 +62,23 @@ def of_margin(args: tuple, gpu: Gpu) -> Requests:
     x, place = args[0], 2 if isinstance(args[2], int) and len(args) == 3 else 5
     rows = x.shape[0] if x.dim() > 1 else 1
     return (rows * x.element_size(),) if _reduces(args, place) else ()
+
+
+# Reductions -------------------------------------------------------------------------
+
+
+def of_place(args: tuple, gpu: Gpu) -> Requests:
+    """A largest or smallest number's parts have its place beside it."""
+    x, dim = args[0], args[1] if len(args) > 1 else None
+    return of_reduction((x, None if dim is None else [dim]), gpu, 16)
+
+
+def of_extreme(args: tuple, gpu: Gpu) -> Requests:
+    return of_reduction(args[:2], gpu, args[0].element_size())
+
+
+def of_norm(args: tuple, gpu: Gpu) -> Requests:
+    return of_reduction((args[0], args[2] if len(args) > 2 else None), gpu)
 
 
 # Copies -----------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def on_host(func: torch._ops.OpOverload, out: object) -> object:
 
 
 # Of these CUDA makes another output than meta kernels say.
-OTHERWISE = """binary_cross_entropy col2im log_sigmoid_forward
+OTHERWISE = """binary_cross_entropy col2im log_sigmoid_forward mse_loss smooth_l1_loss
   soft_margin_loss""".split()
 
 

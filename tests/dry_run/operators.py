@@ -10,15 +10,15 @@ import torch
 from torch import nn, optim
 from torch.nn import functional as F
 
-ODD, EVEN = 0, 1
-SIZES = {  # an odd and an even one of each kind
-    "rows": [(7, 13), (8, 16)],
-    "square": [(3, 5, 5), (2, 8, 8)],
-    "words": [(3, 11, 5), (4, 16, 8)],  # batch, length, width
-    "signal": [(3, 5, 11), (4, 8, 16)],  # batch, channels, length
-    "image": [(3, 5, 7, 9), (2, 8, 8, 8)],
-    "volume": [(2, 3, 5, 7, 5), (2, 4, 6, 6, 8)],
-    "ids": [(3, 11), (4, 16)],
+ODD, EVEN, LARGE = 0, 1, 2
+SIZES = {  # an odd, an even and a large one of each kind
+    "rows": [(7, 13), (8, 16), (4096, 256)],
+    "square": [(3, 5, 5), (2, 8, 8), (16, 128, 128)],
+    "words": [(3, 11, 5), (4, 16, 8), (16, 256, 128)],  # batch, length, width
+    "signal": [(3, 5, 11), (4, 8, 16), (16, 64, 512)],  # batch, channels, length
+    "image": [(3, 5, 7, 9), (2, 8, 8, 8), (8, 64, 32, 32)],
+    "volume": [(2, 3, 5, 7, 5), (2, 4, 6, 6, 8), (4, 16, 8, 16, 16)],
+    "ids": [(3, 11), (4, 16), (16, 512)],
 }
 
 

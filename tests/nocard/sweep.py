@@ -8,7 +8,16 @@ from torch import nn
 
 from helpers.checkpointing import Plan
 from tests.dry_run import operators as table
-from tests.dry_run.operators import EVEN, ODD, SIZES, Run, batch_of, target_of, total
+from tests.dry_run.operators import (
+    EVEN,
+    LARGE,
+    ODD,
+    SIZES,
+    Run,
+    batch_of,
+    target_of,
+    total,
+)
 from tests.nocard.cases import Case
 
 BF16 = torch.bfloat16
@@ -50,7 +59,8 @@ def before(kind: str, parity: int) -> nn.Module:
 
 
 def settings() -> list[tuple[int, torch.dtype | None]]:
-    return [(ODD, None), (EVEN, None), (EVEN, BF16)]
+    sizes = [(ODD, None), (EVEN, None), (LARGE, None)]
+    return [*sizes, (EVEN, BF16), (LARGE, BF16)]
 
 
 def case(name: str, model: Callable, batch: Callable, **settings) -> Case:
