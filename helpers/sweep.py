@@ -215,7 +215,7 @@ class Steps:
         reports = predicted
         if self.measured:
             limit_bytes = memory_bytes(self.device)
-            fits = [not dry or dry.peak_bytes <= limit_bytes for dry in predicted]
+            fits = [not dry or dry.needed_bytes <= limit_bytes for dry in predicted]
             run = iter(self._measured(case, [*compress(plans, fits)], tick))
             reports = [next(run) if fit else None for fit in fits]
         for (label, _), dry, report in zip(case.plans, predicted, reports, strict=True):
@@ -229,7 +229,7 @@ class Steps:
         with contextlib.suppress(*(ValueError, RuntimeError) if self.measured else ()):
             # What else may be wrong, the measurement says as well.
             report = predict(case.model, case.batch, plan, **self.options)
-            return replace(report, timeline=None)  # it is large
+            return replace(report, timeline=None, count=None)  # it is large
         return None
 
     def _measured(

@@ -36,8 +36,8 @@ def check_bearable(report: StepReport, base: StepReport, device: str) -> None:
             "much for this CPU: take a batch or a width that needs at most "
             f"{format_flops(CPU_FLOPS)}, or a GPU; the prediction holds without it"
         )
-    if base.allocator_peak_bytes > memory_bytes(device):
-        raise MemoryError(too_large(device, base.allocator_peak_bytes))
+    if base.needed_bytes > memory_bytes(device):
+        raise MemoryError(too_large(device, base.needed_bytes))
 
 
 def without_data(model: object, batch: object) -> str:

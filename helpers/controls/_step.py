@@ -82,7 +82,7 @@ class StepFields(widgets.VBox):
         has_bytes = round(self.memory.value * GIB)
         if has_bytes <= 0:
             return None
-        spare = has_bytes - report.allocator_peak_bytes - report.workspace_bytes
+        spare = has_bytes - report.needed_bytes
         fits = f"{_gib(spare)} to spare" if spare >= 0 else f"{_gib(-spare)} too little"
         label = f"my GPU, {_gib(has_bytes)}: {fits}"
         return {"bytes": has_bytes, "over": spare < 0, "label": label}

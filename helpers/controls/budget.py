@@ -189,10 +189,9 @@ class BudgetLab(widgets.HBox):
         """Plan for the present model; the budget stays, if there has been one."""
         state, first, self.front = self.state, self._front_of is None, []
         try:
-            among, options = state.ticks.inspection.layers, state.options
-            self._planner = planner = Planner(
-                state.model, state.batch, among=among, device=state.device, **options
-            )
+            how = {"among": state.ticks.inspection.layers, "device": state.device}
+            how |= {"tensors": True} | state.options  # as in the picture
+            self._planner = planner = Planner(state.model, state.batch, **how)
             reports = planner.front(POINTS)
             self.front = [
                 (it.peak_bytes, it.recompute_flops, it.plan) for it in reports

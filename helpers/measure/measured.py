@@ -171,11 +171,7 @@ def measuring_plans(
     """
     setting = Setting.of(**options)
     device = usable_device(model, setting.device)
-    needed_bytes, fixed_bytes = max(
-        _needed_bytes(model, batch, plan, device, setting) for plan in plans
-    )
-    if needed_bytes > memory_bytes(device):
-        raise torch.OutOfMemoryError(too_large(device, needed_bytes, fixed_bytes))
+    needed_bytes, fixed_bytes = check_memory(model, batch, plans, device, setting)
     try:
         return (yield from _steps(model, batch, plans, device, setting))
     except (RuntimeError, MemoryError) as error:
@@ -262,6 +258,22 @@ class Run:
         return samples
 
 
+def check_memory(
+    model: nn.Module,
+    batch: object,
+    plans: Sequence[Plan],
+    device: str,
+    setting: Setting,
+) -> tuple[int, int]:
+    """Find what steps need at most, and what any would; refuse what has no room."""
+    needed_bytes, fixed_bytes = max(
+        _needed_bytes(model, batch, plan, device, setting) for plan in plans
+    )
+    if needed_bytes > memory_bytes(device):
+        raise torch.OutOfMemoryError(too_large(device, needed_bytes, fixed_bytes))
+    return needed_bytes, fixed_bytes
+
+
 def _needed_bytes(
     model: nn.Module, batch: object, plan: Plan, device: str, setting: Setting
 ) -> tuple[int, int]:
@@ -273,7 +285,7 @@ def _needed_bytes(
         report = setting.predicted(model, batch, plan, device)
     except Exception:
         return 0, 0
-    return report.allocator_peak_bytes, report.timeline.fixed_bytes
+    return report.needed_bytes, report.timeline.fixed_bytes
 
 
 def _summary(times_ms: list[float]) -> dict:

@@ -67,6 +67,11 @@ class StepReport:
         """By how much kernels' scratch and whole blocks make its peak higher."""
         return max(0, self.allocator_peak_bytes - self.peak_bytes)
 
+    @property
+    def needed_bytes(self) -> int:
+        """What must be free for the step: all that the allocator takes for it."""
+        return self.allocator_peak_bytes + self.workspace_bytes
+
     def to_dict(self) -> dict:
         """Make a dict that ``json`` can write; the timeline is left out."""
         from helpers.measure import kept  # which a prediction does without

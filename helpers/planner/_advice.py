@@ -1,5 +1,7 @@
 """What else would help where no plan fits: each with the number of a dry run."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -9,12 +11,16 @@ from helpers.units import format_bytes
 
 
 def what_would_help(
-    model: nn.Module, batch: object, least: StepReport, settings: dict
+    model: nn.Module,
+    batch: object,
+    least: StepReport,
+    settings: dict,
+    size_of: Callable[[StepReport], int],
 ) -> str:
     """Say what the lowest plan would need with half the batch, SGD, or bf16.
 
     Args:
-        least: of the plan that needs least.
+        least: of the plan that needs least, by ``size_of``.
     """
     ways = {}
     if (smaller := half(batch)) is not None:
@@ -26,11 +32,11 @@ def what_would_help(
     needs = []
     for name, (batch, changed) in ways.items():
         try:
-            peak_bytes = predict(model, batch, least.plan, **changed).peak_bytes
+            n_bytes = size_of(predict(model, batch, least.plan, **changed))
         except ValueError:
             continue
-        if peak_bytes < 0.99 * least.peak_bytes:
-            needs.append(f"{format_bytes(peak_bytes)} with {name}")
+        if n_bytes < 0.99 * size_of(least):
+            needs.append(f"{format_bytes(n_bytes)} with {name}")
     return f"its plan needs {', '.join(needs)}" if needs else ""
 
 

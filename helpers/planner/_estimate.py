@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from helpers.planner._lifetimes import STAND_IN, Lifetimes, Saved
+from helpers.planner._lifetimes import STAND_IN, Lifetimes, Saved, joined_runs
 from helpers.planner.chain import on_cpu
 from helpers.timeline import Allocation
 
@@ -240,3 +240,22 @@ class Estimate:
         """Say which column comes after a place; a last one is after them all."""
         beyond = until >= int(self.places[-1])
         return torch.where(beyond, len(self.places), self.at(until + 1))
+
+
+def offered(estimate: Estimate) -> list[Unit]:
+    """List the segments that plans may be made of."""
+    feeds, called = estimate.watched.feeds, {}
+    for place, call in enumerate(estimate.watched.calls):
+        called.setdefault(call.name, []).append(place)
+    names = [(name,) for name in called if name]
+    names += joined_runs(estimate.watched, called)
+    units: dict[tuple, Unit] = {}
+    cannot_start = feeds.in_place()
+    for segment in names:
+        if segment[0] in cannot_start:
+            continue
+        calls = zip(called[segment[0]], called[segment[-1]], strict=True)
+        unit = estimate.unit(segment, calls)
+        if any(run.again_bytes for run in unit.runs):
+            units.setdefault(unit.effect(), unit)  # one of those that are as good
+    return list(units.values())

@@ -2,14 +2,15 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from operator import attrgetter
 
 from torch import nn
 
-from helpers.checkpointing import Plan, checkpointed
+from helpers.checkpointing import Plan
 from helpers.dry_run import as_on, meta_model
 from helpers.inspection import Inspection, inspect_model
-from helpers.measure import StepReport, predict, report_of, training_step
+from helpers.measure import StepReport, predict, training_step
 from helpers.planner._lifetimes import Lifetimes, watch_lifetimes
 from helpers.timeline import Tracker, state_tensors, tensors_in
 
@@ -23,6 +24,7 @@ class Judge:
 
     Args:
         model, batch, settings: as in ``predict``.
+        tensors: whether a step's size is its tensors' peak; else all that it needs.
     """
 
     def __init__(
@@ -30,12 +32,14 @@ class Judge:
         model: nn.Module | Callable[[], nn.Module],
         batch: object,
         settings: dict[str, object],
+        tensors: bool = False,
     ) -> None:
         self.given, is_made = model, isinstance(model, nn.Module)
         self.model, self.batch = model if is_made else meta_model(model), batch
         self.settings = settings
         self.of_step = {name: settings.get(name, usual) for name, usual in STEP.items()}
         self.of_model = self.model, batch, self.of_step
+        self.size_of = attrgetter("peak_bytes" if tensors else "needed_bytes")
         self.plain = predict(self.model, batch, **settings)
         self.all: dict[Plan, StepReport | None] = {Plan(): self.plain}
 
@@ -53,21 +57,6 @@ class Judge:
                     given = self.model, self.batch, plan
                     self.all[plan] = predict(*given, **self.settings)
         return self.all[plan]
-
-    def predict_all(self, plans: Iterable[Plan]) -> None:
-        """Predict steps under many plans, with one copy of the model for them all."""
-        options = {n: v for n, v in self.settings.items() if n not in STEP}
-        with steps_of(*self.of_model) as (imagined, step, model, batch, made):
-            for plan in plans:
-                if plan in self.all or self.is_wrong(plan):
-                    continue
-                self.all[plan] = None
-                with contextlib.suppress(ValueError):
-                    with checkpointed(model, plan, **options):
-                        timeline = imagined.record(step, model, batch, made)
-                    unknown = imagined.unknown(timeline)
-                    said = plan, imagined.device, "predicted", unknown
-                    self.all[plan] = report_of(timeline, *said)
 
     def is_wrong(self, plan: Plan) -> bool:
         """Say whether inspection knows that a plan changes gradients."""

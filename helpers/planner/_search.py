@@ -23,10 +23,15 @@ NEIGHBOURS, ROUNDS = 600, 12
 
 
 class Pool:
-    """Plans that have been looked at, each once, with estimated peaks and costs."""
+    """Plans that have been looked at, each once, with estimated peaks and costs.
 
-    def __init__(self, estimate: Estimate) -> None:
+    Args:
+        extra_bytes: what a step needs beside its tensors; taken to be the same for all.
+    """
+
+    def __init__(self, estimate: Estimate, extra_bytes: int = 0) -> None:
         self.estimate, n = estimate, len(estimate.units)
+        self.extra_bytes = extra_bytes
         self.costs_of = on_cpu(unit.cost for unit in estimate.units)
         covers = torch.zeros(n, estimate.covers.shape[1], device="cpu")
         covers.index_add_(0, estimate.run_unit, (estimate.covers > 0).float())
@@ -52,7 +57,8 @@ class Pool:
         plans, start = plans[new], len(self.plans)
         if new:
             self.plans = torch.cat([self.plans, plans])
-            self.peaks = torch.cat([self.peaks, self.estimate.peaks(plans)])
+            peaks = self.estimate.peaks(plans) + self.extra_bytes
+            self.peaks = torch.cat([self.peaks, peaks])
             self.costs = torch.cat([self.costs, (plans * self.costs_of).sum(1)])
             self.sizes = torch.cat([self.sizes, plans.sum(1)])
             new = _no(len(plans))

@@ -1,22 +1,28 @@
-"""Time modules on a device, run forward, and run again in backward.
+"""Time modules on a device, run forward, and run again in backward; and whole plans.
 
-Each is checkpointed alone meanwhile, so that backward runs it again as it does at the
-end of a segment, up to the last tensor that is needed, and the times are those of real
-training steps.
+The times of modules propose plans, and steps under these plans are timed in turns with
+steps under none: what a plan adds is measured, as its bytes are the dry run's.
+
+Each module is checkpointed alone meanwhile, so that backward runs it again as it does
+at the end of a segment, up to the last tensor that is needed, and the times are those
+of real training steps.
 """
 
 import dataclasses
+import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 from torch import nn
 
 from helpers.checkpointing import Plan, Undo
-from helpers.measure import time_step_ms, usable_device
-from helpers.measure.measured import Run, Setting
+from helpers.measure import StepReport, measure_plans, time_step_ms, usable_device
+from helpers.measure.measured import Run, Setting, check_memory
+from helpers.planner._estimate import Unit
+from helpers.planner._judge import Judge
 from helpers.planner._marks import BEFORE
 from helpers.planner.chain import Chain, Stage
 
@@ -40,6 +46,44 @@ def in_milliseconds(
 
     stages = tuple(map(timed, chain.stages))
     return dataclasses.replace(chain, stages=stages, cost_unit="ms")
+
+
+class Clock:
+    """What plans of a model add to its steps, by a device's own clock.
+
+    Attributes:
+        added_ms: of the plans that were measured.
+    """
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge, given = judge, judge.given
+        self.model = given if isinstance(given, nn.Module) else given()
+        self.added_ms: dict[Plan, float] = {}
+        self._reports: dict[Plan, StepReport] = {}
+        self._segments_ms: dict[Segment, float] = {}
+
+    def price(self, units: Iterable[Unit]) -> None:
+        """Make nanoseconds the costs of units."""
+        names = [unit.names for unit in units]
+        missing = [one for one in names if one not in self._segments_ms]
+        given = self.model, self.judge.batch, self.judge.of_step
+        self._segments_ms |= segments_ms(missing, *given)
+        for unit in units:
+            unit.cost = round(self._segments_ms[unit.names] * 1e6)
+
+    def measured(self, plans: Sequence[Plan]) -> list[StepReport]:
+        """Measure steps under plans, in turns with steps under none."""
+        missing = [plan for plan in plans if plan not in self.added_ms]
+        if missing:
+            how = {"device": self.judge.of_step["device"], **self.judge.settings}
+            how |= {"repeats": 2 * REPEATS, "shuffle": random.Random(0)}
+            how.pop("gpu", None)
+            given = self.model, self.judge.batch
+            plain, *others = measure_plans(*given, [Plan(), *missing], **how)
+            for report in others:
+                self._reports[report.plan] = report
+                self.added_ms[report.plan] = report.step_ms - plain.step_ms
+        return [self._reports[plan] for plan in plans]
 
 
 def segments_ms(
@@ -94,6 +138,7 @@ def _passes(
     """Take median times of modules, (name, whether run again), and of whole steps."""
     device = usable_device(model, of_step["device"])
     setting = Setting.of(**{n: one for n, one in of_step.items() if n != "gpu"})
+    check_memory(model, batch, [Plan()], device, setting)
     with setting.placed(model, batch, device) as (model, batch, setting):
         run = Run(model, batch, device, setting)
         return [_medians_ms(run, names, Plan.alone(layer)) for layer in ticked]

@@ -23,16 +23,17 @@ from torch import nn
 
 from helpers.checkpointing import Plan
 from helpers.measure import StepReport
-from helpers.planner._estimate import Estimate, Unit
+from helpers.planner._estimate import Estimate, offered
 from helpers.planner._judge import Judge
-from helpers.planner._lifetimes import joined_runs
 from helpers.planner._search import Pool, unbeaten_of
+from helpers.planner._stage_times import Clock
 from helpers.planner.best import InfeasibleBudget, best_plan, pareto
 from helpers.planner.chain import Chain
 from helpers.planner.profiling import profile
 from helpers.units import parse_bytes
 
 TRIES, EVENTS = 24, 200_000  # dry runs that go astray, more of them in short steps
+LAST = 6  # of them where a plan fits, and estimates are not quite what runs say
 LONG, GAP = 200, 0.015  # stages from which on a chain is solved within a gap
 
 
@@ -43,6 +44,7 @@ def plan_for(
     *,
     parent: str | None = None,
     measured: bool = False,
+    tensors: bool = False,
     **settings: object,
 ) -> StepReport:
     """Find a plan of least recomputation that fits the budget, as a dry run says.
@@ -50,16 +52,18 @@ def plan_for(
     >>> import torch
     >>> from helpers.models import uniform_mlp
     >>> x = torch.empty(8192, 1024, device="meta")  # a shape without data
-    >>> print(plan_for(uniform_mlp, x, "400 MiB").plan)
+    >>> print(plan_for(uniform_mlp, x, "450 MiB", gpu="H100").plan)
     layer1+layer2+layer3+layer4
 
     Args:
         model, batch: as in ``predict``; any model that can be predicted.
-        budget: bytes, or "8 GiB", "512 MiB", "1.5 GB", for ``peak_bytes``, the tensors.
-            On CUDA the report's ``workspace_bytes`` come on top, and what its
-            ``allocator_peak_bytes`` has more: leave room for them.
+        budget: bytes, or "8 GiB", "512 MiB", "1.5 GB", for the report's
+            ``needed_bytes``: on CUDA all that the allocator takes, with whole blocks,
+            kernels' scratch and cuBLAS's workspace, which differ from card to card.
         parent: plan for the children of this Sequential or ModuleList alone.
-        measured: least time, as measured on the device, instead of fewest FLOPs.
+        measured: least time, as measured on the device, instead of fewest FLOPs; the
+            report is of its measurement then, and has ``step_ms``.
+        tensors: whether the budget is for ``peak_bytes`` alone, as in the labs.
         settings: of ``predict``: loss, optimizer, autocast, step, device, gpu.
 
     Raises:
@@ -68,8 +72,8 @@ def plan_for(
         ValueError: for a budget that is none; for a model that cannot be predicted.
     """
     budget_bytes = parse_bytes(budget)
-    planner = Planner(model, batch, parent=parent, measured=measured, **settings)
-    return planner.best(budget_bytes)
+    how = {"parent": parent, "measured": measured, "tensors": tensors}
+    return Planner(model, batch, **how, **settings).best(budget_bytes)
 
 
 def front_for(
@@ -78,13 +82,13 @@ def front_for(
     points: int | None = None,
     **options: object,
 ) -> list[StepReport]:
-    """Find the plans that no other beats in both peak and cost, by a dry run each.
+    """Find the plans that no other beats in both bytes and cost, by a dry run each.
 
-    They come in order of their peaks; the last one recomputes nothing.
+    They come in order of what they need; the last one recomputes nothing.
 
     Args:
-        points: how many budgets to plan for, evenly spaced from the least peak to the
-            one without checkpointing; default: all that the search has found.
+        points: how many budgets to plan for, evenly spaced from the least to that
+            without checkpointing; default: all that the search has found.
         model, batch, options: as in ``plan_for``.
     """
     if points is not None and (not isinstance(points, int) or points < 1):
@@ -108,22 +112,23 @@ class Planner:
         parent: str | None = None,
         among: Collection[str] | None = None,
         measured: bool = False,
+        tensors: bool = False,
         **settings: object,
     ) -> None:
-        self.judge = Judge(model, batch, settings)
-        self.plain = self.judge.plain
-        self.parent, self.measured = parent, measured
+        self.judge = Judge(model, batch, settings, tensors)
+        self.plain, self.size_of = self.judge.plain, self.judge.size_of
+        self.extra_bytes = self.size_of(self.plain) - self.plain.peak_bytes
+        self.parent, self.clock = parent, Clock(self.judge) if measured else None
         self.among = None if among is None else frozenset(among)
         self.banned: set[tuple[str, ...]] = set()
         self.chain = self._chain()
         self._pool: Pool | None = None
-        self._cost_of: dict[tuple[str, ...], int] = {}  # of segments, where measured
         self.shift_bytes = self.low_bytes = 0  # dry runs less estimates: most, least
 
     def _chain(self) -> Chain | None:
         judge = self.judge
-        how = {"parent": self.parent, **judge.of_step, "measured": self.measured}
-        model = judge.given if self.measured else judge.model
+        how = {"parent": self.parent, **judge.of_step, "measured": bool(self.clock)}
+        model = self.clock.model if self.clock else judge.model
         try:
             chain = profile(model, judge.batch, **how)
         except ValueError:
@@ -157,33 +162,19 @@ class Planner:
             may = [unit for unit in offered(estimate) if self._may(unit.names)]
             may = [unit for unit in may if unit.names not in self.banned]
             units = [unit for unit in may if not is_wrong(Plan((unit.names,)))]
-            if self.measured:
-                self._take_times(units)
+            if self.clock:
+                self.clock.price(units)
             estimate.offer(units)
-            self._pool = Pool(estimate)
-            excess_bytes = self.plain.peak_bytes - int(self._pool.peaks[0])
+            self._pool = Pool(estimate, self.extra_bytes)
+            excess_bytes = self.size_of(self.plain) - int(self._pool.peaks[0])
             self.shift_bytes = self.low_bytes = excess_bytes
         return self._pool
 
-    def _take_times(self, units: list[Unit]) -> None:
-        """Make nanoseconds, measured on the device, the costs of units."""
-        from helpers.planner._stage_times import segments_ms
-
-        judge = self.judge
-        missing = [unit.names for unit in units if unit.names not in self._cost_of]
-        model = judge.given if isinstance(judge.given, nn.Module) else judge.given()
-        times = segments_ms(missing, model, judge.batch, judge.of_step)
-        self._cost_of |= {names: round(ms * 1e6) for names, ms in times.items()}
-        for unit in units:
-            unit.cost = self._cost_of[unit.names]
-
     def cost(self, plan: Plan) -> float:
         """What a plan that was found adds: FLOPs, or milliseconds where measured."""
-        if not self.measured:
-            return self.judge.report(plan).recompute_flops
-        if all(segment in self._cost_of for segment in plan.segments):
-            return sum(self._cost_of[segment] for segment in plan.segments) / 1e6
-        return self.chain.recompute_cost(plan)
+        if self.clock:
+            return self.clock.added_ms[plan]
+        return self.judge.report(plan).recompute_flops
 
     # One budget -----------------------------------------------------------------------
 
@@ -193,42 +184,57 @@ class Planner:
         Raises:
             InfeasibleBudget: if none does.
         """
-        if self.plain.peak_bytes <= budget_bytes:
-            return self.plain
+        if self.size_of(self.plain) <= budget_bytes:
+            return self._timed([self.plain])[0]
         found = [self._of_chain(budget_bytes)]
         if not (self.is_simple and found[0]):
             found.append(self._of_tree(budget_bytes))
         found = [report for report in found if report]
         if not found:
             raise self._infeasible(budget_bytes)
-        return min(found, key=lambda report: self.cost(report.plan))
+        return min(self._timed(found), key=lambda report: self.cost(report.plan))
+
+    def _timed(self, reports: list[StepReport]) -> list[StepReport]:
+        """Measure the steps of reports, where time is what counts."""
+        plans = [report.plan for report in reports]
+        return self.clock.measured(plans) if self.clock else reports
 
     def _of_chain(self, budget_bytes: int) -> StepReport | None:
         """Find the chain's best plan; None where it needs more than its sums say."""
         if self.chain is None:
             return None
         gap = GAP if len(self.chain) > LONG else 0
-        try:
-            plan = best_plan(self.chain, budget_bytes, gap=gap)
-        except InfeasibleBudget:
-            return None
-        report = self.judge.report(plan)
-        return report if report and report.peak_bytes <= budget_bytes else None
+        room_bytes = budget_bytes - min(self.extra_bytes, self.plain.workspace_bytes)
+        for _ in range(TRIES):
+            try:
+                plan = best_plan(self.chain, room_bytes, gap=gap)
+            except InfeasibleBudget:
+                return None
+            report = self.judge.report(plan)
+            if not report:
+                return None
+            if (over_bytes := self.size_of(report) - budget_bytes) <= 0:
+                return report
+            room_bytes -= over_bytes
+        return None
 
     def _of_tree(self, budget_bytes: int) -> StepReport | None:
         """Find the cheapest plan of the module tree."""
-        for tried in range(TRIES):
+        found, tried = None, 0
+        while tried < TRIES:
             pool = self.pool
             # At first as if no other estimate were worse than the best one so far.
-            shift_bytes = self.shift_bytes if 2 * tried > TRIES else self.low_bytes
+            is_late = not found and 2 * tried > TRIES
+            shift_bytes = self.shift_bytes if is_late else self.low_bytes
             pool.better(budget_bytes, shift_bytes)
             place = pool.cheapest(budget_bytes, shift_bytes)
             if place is None:
                 break
-            report = self._confirmed(place)
-            if report and report.peak_bytes <= budget_bytes:
-                return report
-        return self._of_lowest(budget_bytes)
+            is_new = not pool.confirmed[place]
+            report, tried = self._confirmed(place), tried + 1
+            if report and self.size_of(report) <= budget_bytes:
+                found, tried = report, max(tried, TRIES - LAST * is_new)
+        return found or self._of_lowest(budget_bytes)
 
     def _of_lowest(self, budget_bytes: int) -> StepReport | None:
         """Look at the lowest plans themselves, where no estimate is low enough."""
@@ -238,14 +244,14 @@ class Planner:
             places = (~pool.confirmed).nonzero()[:, 0]
             if not len(places):
                 break
-            lowest = min(report.peak_bytes for report in judge.reports)
+            lowest = min(map(self.size_of, judge.reports))
             place = int(places[pool.peaks[places].argmin()])
             is_exact = tried > 2 and self.low_bytes == self.shift_bytes
             if is_exact and pool.peaks[place] + self.low_bytes >= lowest:
                 break
             self._confirmed(place)
-        fit = [it for it in self.judge.reports if it.peak_bytes <= budget_bytes]
-        return min(fit, key=lambda report: self.cost(report.plan), default=None)
+        fit = [it for it in self.judge.reports if self.size_of(it) <= budget_bytes]
+        return min(fit, key=lambda report: report.recompute_flops, default=None)
 
     def _confirmed(self, place: int) -> StepReport | None:
         """Predict a plan of the pool, and learn from it how good estimates are."""
@@ -258,71 +264,52 @@ class Planner:
             self.banned |= alone or segments
             self._pool = None
             return None
-        excess_bytes = report.peak_bytes - int(pool.peaks[place])
+        excess_bytes = self.size_of(report) - int(pool.peaks[place])
         self.shift_bytes = max(self.shift_bytes, excess_bytes)
         self.low_bytes = min(self.low_bytes, excess_bytes)
-        pool.confirm(place, report.peak_bytes)
+        pool.confirm(place, self.size_of(report))
         return report
 
     def _infeasible(self, budget_bytes: int) -> InfeasibleBudget:
         from helpers.planner._advice import what_would_help
 
-        judge = self.judge
-        least = min(judge.reports, key=lambda it: it.peak_bytes)
-        helps = what_would_help(judge.model, judge.batch, least, judge.settings)
-        return InfeasibleBudget(budget_bytes, least.peak_bytes, helps)
+        judge, size_of = self.judge, self.size_of
+        least = min(judge.reports, key=size_of)
+        given = judge.model, judge.batch, least, judge.settings
+        return InfeasibleBudget(
+            budget_bytes, size_of(least), what_would_help(*given, size_of)
+        )
 
     # All budgets ----------------------------------------------------------------------
 
     def front(self, points: int | None = None) -> list[StepReport]:
         """Find the plans that no other beats; see ``front_for``."""
-        offers = sorted(self._offers(points), key=lambda it: it[:2])
-        self.judge.predict_all(it[2] for it in unbeaten_of(offers))
-        reports = self.judge.reports
-        rows = [(it.peak_bytes, self.cost(it.plan), it) for it in reports]
+        offers = unbeaten_of(sorted(self._offers(points), key=lambda it: it[:2]))
+        found = [report for *_, plan in offers if (report := self.judge.report(plan))]
+        reports = self._timed(found) if self.clock else self.judge.reports
+        rows = [(self.size_of(it), self.cost(it.plan), it) for it in reports]
         return [it[2] for it in unbeaten_of(sorted(rows, key=lambda it: it[:2]))]
 
     def _offers(self, points: int | None) -> Iterator[tuple[int, float, Plan]]:
         """Yield plans for the front, with peaks and costs as the sums say."""
         if self.chain is not None:
             gap = GAP if len(self.chain) > LONG else 0
-            yield from pareto(self.chain, points, gap=gap)
+            for peak_bytes, cost, plan in pareto(self.chain, points, gap=gap):
+                yield peak_bytes + self.extra_bytes, cost, plan
             if self.is_simple:
                 return
         pool = self.pool
         places = pool.front() if points is None else self._spread(points)
         for place in places:
             peak_bytes = int(pool.peaks[place]) + self.shift_bytes
-            unit = 1e6 if self.measured else 1
+            unit = 1e6 if self.clock else 1
             yield peak_bytes, int(pool.costs[place]) / unit, pool.plan(place)
 
     def _spread(self, points: int) -> Iterator[int]:
         """Plan for budgets that are evenly spaced."""
         pool = self.pool
-        low, high = int(pool.peaks.min()), int(pool.peaks[0])
+        low, high = int(pool.peaks.min()), self.size_of(self.plain)
         for point in range(points):
             budget_bytes = low + round((high - low) * point / max(points - 1, 1))
             pool.better(budget_bytes)
             yield pool.cheapest(budget_bytes)
-
-
-# What may be ticked -------------------------------------------------------------------
-
-
-def offered(estimate: Estimate) -> list[Unit]:
-    """List the segments that plans may be made of."""
-    feeds, called = estimate.watched.feeds, {}
-    for place, call in enumerate(estimate.watched.calls):
-        called.setdefault(call.name, []).append(place)
-    names = [(name,) for name in called if name]
-    names += joined_runs(estimate.watched, called)
-    units: dict[tuple, Unit] = {}
-    cannot_start = feeds.in_place()
-    for segment in names:
-        if segment[0] in cannot_start:
-            continue
-        calls = zip(called[segment[0]], called[segment[-1]], strict=True)
-        unit = estimate.unit(segment, calls)
-        if any(run.again_bytes for run in unit.runs):
-            units.setdefault(unit.effect(), unit)  # one of those that are as good
-    return list(units.values())

@@ -129,4 +129,4 @@ def test_a_front_is_for_the_card_that_is_named():
     model, x = net().bfloat16(), X.bfloat16()
     for gpu in ("T4", "A100"):
         assert front_for(model, x, gpu=gpu)[-1].plan == Plan()
-        assert plan_for(model, x, "1 MiB", gpu=gpu).plan == Plan()
+        assert plan_for(model, x, "1 GiB", gpu=gpu).plan == Plan()

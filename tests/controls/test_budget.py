@@ -302,7 +302,7 @@ def test_a_model_that_is_no_chain_is_planned_by_its_tree():
     panel.budget_bytes = least - 1
     assert "no plan fits; the least that works is" in panel.budget_finding
     with pytest.raises(InfeasibleBudget) as nothing_fits:
-        plan_for(UNet, pictures, least - 1)
+        plan_for(UNet, pictures, least - 1, tensors=True)
     assert nothing_fits.value.minimum_bytes == least
 
 

@@ -11,7 +11,7 @@ from helpers.measure import measure, training_step
 from helpers.models.architectures import UNet
 from helpers.planner import InfeasibleBudget, Planner
 from helpers.units import format_bytes
-from tests.planner.zoo import LARGE, MORE, SMALL, from_transformers
+from tests.planner.zoo import LARGE, MORE, SMALL, from_timm, from_transformers
 
 HEADER = f"{'model':<24}{'modules':>8}{'budget':>12}{'recompute':>11}{'all plans':>11}"
 HEADER += f"{'greedy':>9}{'each':>9}{'predicted':>12}{'measured':>12}{'seconds':>9}"
@@ -44,8 +44,7 @@ def every_plan(names: list[str]) -> Iterator[list[str]]:
 
 def least_cost(planner: Planner, plans: list[Plan], budget: int) -> int | None:
     """Find the least cost of plans that fit; None if none does."""
-    planner.judge.predict_all(plans)
-    reports = [planner.judge.all[plan] for plan in plans]
+    reports = map(planner.judge.report, plans)
     fit = [it for it in reports if it and it.peak_bytes <= budget]
     return min((it.recompute_flops for it in fit), default=None)
 
@@ -119,7 +118,7 @@ def row(name: str, make, batch: object, part: float = 0.25) -> str:
 def show() -> None:
     """Print the rows; costs are parts of a forward."""
     print(HEADER)
-    models = SMALL | LARGE | MORE | from_transformers()
+    models = SMALL | LARGE | MORE | from_transformers() | from_timm()
     for name, (make, batch) in models.items():
         print(row(name, make, batch), flush=True)
 
@@ -146,7 +145,7 @@ def show_large() -> None:
         started = time.perf_counter()
         front = Planner(make, batch).front(50)
         front_s = time.perf_counter() - started
-        low, high = front[0].peak_bytes, front[-1].peak_bytes
+        low, high = front[0].needed_bytes, front[-1].needed_bytes
         started = time.perf_counter()
         Planner(make, batch).best((low + high) // 2)
         plan_s = time.perf_counter() - started

@@ -309,11 +309,11 @@ def test_what_is_predicted_is_what_is_measured():
 def test_plan_for_is_confirmed_by_a_dry_run():
     model, batch = mlp([256] * 7, "gelu"), meta(512, 256)
     least = least_peak_bytes(profile(model, batch))
-    report = plan_for(model, batch, least + 1_000_000)
+    report = plan_for(model, batch, least + 1_000_000, tensors=True)
     assert report.source == "predicted" and report.peak_bytes <= least + 1_000_000
     assert report.plan == best_plan(profile(model, batch), least + 1_000_000)
     with pytest.raises(InfeasibleBudget, match=f"{least:,} B"):
-        plan_for(model, batch, least - 1)
+        plan_for(model, batch, least - 1, tensors=True)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_plan_for_under_autocast(device, optimizer):
     chain = profile(model, batch, **settings)
     assert chain.stages != profile(model, batch, device=device).stages
     budget = (least_peak_bytes(chain) + plain.peak_bytes) // 2
-    report = plan_for(model, batch, budget, **settings)
+    report = plan_for(model, batch, budget, tensors=True, **settings)
     assert report.peak_bytes <= budget < plain.peak_bytes
     assert report == predict(model, batch, report.plan, **settings)
 
@@ -340,7 +340,7 @@ def test_plan_for_goes_on_where_the_arithmetic_was_too_low(monkeypatch):
     shy = Chain(chain.stages, static_bytes=chain.static_bytes - 200_000)
     monkeypatch.setattr("helpers.planner.tree.profile", lambda *args, **settings: shy)
     budget = least_peak_bytes(chain) + 500_000
-    assert plan_for(model, batch, budget).peak_bytes <= budget
+    assert plan_for(model, batch, budget, tensors=True).peak_bytes <= budget
 
 
 def test_milliseconds_measured_on_the_device():
@@ -435,4 +435,4 @@ def test_views_that_are_written_on(layers, device):
     front = front_for(model, batch, device=device)
     assert front[-1].peak_bytes <= plain.peak_bytes
     for report in front:
-        assert report == plan_for(model, batch, report.peak_bytes, device=device)
+        assert report == plan_for(model, batch, report.needed_bytes, device=device)

@@ -64,11 +64,27 @@ def test_every_plan(name):
     )
 
 
+@pytest.mark.parametrize("gpu", ["H100", "T4"])
+@pytest.mark.parametrize("name", ["two levels", "siamese", "mixer", "block"])
+def test_every_plan_in_what_a_card_needs(name, gpu):
+    """On CUDA a budget is for whole blocks, scratch and workspaces, too."""
+    make, batch = SMALL[name]
+    model, settings = make(), {"gpu": gpu, "optimizer": torch.optim.AdamW}
+    reports = try_all(model, batch, **settings)
+    planner = Planner(model, batch, **settings)
+    for budget in {report.needed_bytes for report in reports}:
+        fitting = [it for it in reports if it.needed_bytes <= budget]
+        found = planner.best(budget)
+        assert found.peak_bytes < found.needed_bytes <= budget
+        least_cost = min(report.recompute_flops for report in fitting)
+        assert found.recompute_flops <= 1.05 * least_cost
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("name", MODELS)
 def test_estimates_are_what_dry_runs_say(name, device):
     make, batch = MODELS[name]
-    planner = Planner(make(), batch, device=device)
+    planner = Planner(make(), batch, device=device, tensors=True)
     pool, chance = planner.pool, random.Random(0)
     for place in chance.sample(range(len(pool.plans)), min(len(pool.plans), 12)):
         report = planner.judge.report(pool.plan(place))
@@ -125,7 +141,7 @@ def test_a_chain_costs_what_the_best_chain_does():
     with torch.device("meta"):
         model = nn.Sequential(*[Block(64, 4) for _ in range(6)])
     batch = torch.empty(4, 32, 64, device="meta")
-    chain, planner = profile(model, batch), Planner(model, batch)
+    chain, planner = profile(model, batch), Planner(model, batch, tensors=True)
     for peak, cost, _ in pareto(chain, 6):
         found = planner.best(peak)
         assert found.peak_bytes <= peak and found.recompute_flops <= cost
@@ -134,7 +150,7 @@ def test_a_chain_costs_what_the_best_chain_does():
 def test_front_goes_from_the_least_peak_to_no_recomputation():
     make, batch = LARGE["ResNet"]
     front = front_for(make, batch, 10)
-    peaks = [report.peak_bytes for report in front]
+    peaks = [report.needed_bytes for report in front]
     costs = [report.recompute_flops for report in front]
     assert peaks == sorted(peaks) and costs == sorted(costs, reverse=True)
     assert 5 <= len(front) and costs[-1] == 0
@@ -146,10 +162,11 @@ def test_front_goes_from_the_least_peak_to_no_recomputation():
 
 def test_what_else_would_help():
     make, batch = lambda: GPT(2, 32, 4, 50, 64), ids(8, 64)
+    how = {"optimizer": torch.optim.AdamW, "tensors": True}
     with pytest.raises(InfeasibleBudget) as error:
-        plan_for(make, batch, "1 KiB", optimizer=torch.optim.AdamW)
-    planner = Planner(make, batch, optimizer=torch.optim.AdamW)
-    (least, *_) = planner.front()
+        plan_for(make, batch, "1 KiB", **how)
+    planner = Planner(make, batch, **how)
+    least = planner.best(error.value.minimum_bytes)
     sgd = predict(make, batch, least.plan, optimizer=torch.optim.SGD)
     assert error.value.minimum_bytes == least.peak_bytes
     assert f"{format_bytes(sgd.peak_bytes)} with plain SGD" in str(error.value)
@@ -184,8 +201,11 @@ def test_no_plan_is_proposed_that_gives_other_gradients():
 def test_least_time_as_measured():
     make, batch = LARGE["U-Net"]
     planner = Planner(make(), batch, device="cpu", measured=True)
-    report = planner.best(planner.front()[0].peak_bytes)
-    assert report.plan.segments and 0 < planner.cost(report.plan) < 1000
+    front = planner.front(3)
+    report = planner.best(front[0].needed_bytes)
+    assert report.plan.segments and report.source == "measured"
+    assert report.step_ms > 0 and abs(planner.cost(report.plan)) < 1000
+    assert planner.best(planner.plain.peak_bytes).plan == Plan()
 
 
 @pytest.mark.parametrize(

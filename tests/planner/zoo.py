@@ -1,5 +1,7 @@
 """Small models of the kinds that people plan for, with batches: none is a chain."""
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -257,6 +259,21 @@ def from_transformers() -> dict:
     batch = {"pixel_values": images(2, 3, 32, 32), "labels": labels}
     found |= {f"{name} (pictures)": (_small(name, True), batch) for name in _PICTURES}
     return found
+
+
+def from_timm() -> dict:
+    """List models of the timm package; none where it, or torchvision, is not there."""
+    try:
+        import timm
+    except (ImportError, RuntimeError):  # a torchvision for another torch
+        return {}
+    names = "resnet18 convnext_atto mobilenetv3_small_050 efficientnet_b0 regnety_002"
+    makes = {
+        f"{name} (timm)": partial(timm.create_model, name) for name in names.split()
+    }
+    for name in ("vit_tiny_patch16_224", "mixer_s32_224"):
+        makes[f"{name[:-4]} (timm)"] = partial(timm.create_model, name, img_size=64)
+    return {name: (make, images(2, 3, 64, 64)) for name, make in makes.items()}
 
 
 def _head(name: str, pictures: bool = False) -> str:
