@@ -20,10 +20,12 @@ from helpers.measure import (
     time_step_ms,
     training_step,
 )
-from helpers.models import MLP, DocsMLP, uniform_mlp
+from helpers.models import GPT, MLP, DocsMLP, uniform_mlp
+from helpers.planner import Planner, plan_for
 from helpers.recording.record import measure_group
 from helpers.recording.recorded import Group, Step
 from tests.nocard.by_hand import fresh
+from tests.planner.zoo import SMALL
 
 pytestmark = [
     pytest.mark.gpu,
@@ -217,6 +219,33 @@ def test_the_largest_batch_that_runs_is_near_the_one_that_is_predicted():
 
 
 # Random numbers
+
+
+@pytest.mark.parametrize("optimizer", [None, torch.optim.AdamW], ids=["none", "AdamW"])
+@pytest.mark.parametrize("name", ["MLP", "GPT", "two levels"])
+def test_a_plan_for_a_budget_stays_below_it(name, optimizer):
+    torch.manual_seed(0)
+    model, batch, how = *budgeted(name), {"optimizer": optimizer}
+    planner = Planner(model, batch, **how)
+    least, most = planner.front(4)[0].needed_bytes, planner.plain.needed_bytes
+    assert least < most
+    model.cuda()
+    for part in (0.0, 0.4, 0.8):
+        budget_bytes = least + round(part * (most - least))
+        plan = plan_for(model, batch, budget_bytes, **how).plan
+        assert plan.segments
+        measured = measure(model, batch, plan, repeats=0, **how)
+        assert measured.needed_bytes <= budget_bytes
+
+
+def budgeted(name: str) -> tuple:
+    """Make a model to plan for, and a batch."""
+    if name == "MLP":
+        return MLP([256] * 6 + [10], "gelu"), torch.randn(4096, 256)
+    if name == "GPT":
+        return GPT(3, 128, 4, 500, 64), torch.randint(0, 500, (8, 64))
+    make, batch = SMALL[name]
+    return make(), batch
 
 
 @pytest.mark.arithmetic
