@@ -141,33 +141,37 @@ def _passes(
     check_memory(model, batch, [Plan()], device, setting)
     with setting.placed(model, batch, device) as (model, batch, setting):
         run = Run(model, batch, device, setting)
-        return [_medians_ms(run, names, Plan.alone(layer)) for layer in ticked]
+        return _medians_ms(run, names, list(map(Plan.alone, ticked)))
 
 
 def _medians_ms(
-    run: Run, names: Sequence[str], plan: Plan
-) -> tuple[dict[tuple[str, bool], float], float]:
+    run: Run, names: Sequence[str], plans: list[Plan]
+) -> list[tuple[dict[tuple[str, bool], float], float]]:
+    """Run plans in turns, so that what else is going on slows them alike."""
     spans: list[tuple[str, bool, Callable[[], float]]] = []
-    times_ms: dict[tuple[str, bool], list[float]] = defaultdict(list)
-    steps_ms: list[float] = []
+    rows = [(plan, defaultdict(list), []) for plan in plans]
     with Undo() as undo:
         for name in names:
             module = run.model.get_submodule(name)
             _time_forward(undo, module, name, run.device, spans)
         for count in range(WARMUP + REPEATS):
-            spans.clear()
-            with run.applied(plan):
-                step_ms = time_step_ms(run.step, run.device)
-            if count < WARMUP:
-                continue
-            steps_ms.append(step_ms)
-            sums: dict[tuple[str, bool], float] = defaultdict(float)
-            for name, again, elapsed_ms in spans:
-                sums[name, again] += elapsed_ms()
-            for key, total_ms in sums.items():
-                times_ms[key].append(total_ms)
-    medians = {key: statistics.median(times) for key, times in times_ms.items()}
-    return medians, statistics.median(steps_ms)
+            for plan, times_ms, steps_ms in rows:
+                spans.clear()
+                with run.applied(plan):
+                    step_ms = time_step_ms(run.step, run.device)
+                if count < WARMUP:
+                    continue
+                steps_ms.append(step_ms)
+                sums: dict[tuple[str, bool], float] = defaultdict(float)
+                for name, again, elapsed_ms in spans:
+                    sums[name, again] += elapsed_ms()
+                for key, total_ms in sums.items():
+                    times_ms[key].append(total_ms)
+    median = statistics.median
+    return [
+        ({key: median(times) for key, times in times_ms.items()}, median(steps_ms))
+        for _, times_ms, steps_ms in rows
+    ]
 
 
 def _time_forward(
