@@ -1,11 +1,15 @@
 """A JupyterLab and a browser for each module that drives them; what is run first.
 
+No file of tests leaves anything in the temporary folder.
+
 What they need is imported where it is used: a machine with a GPU may have neither.
 """
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -30,6 +34,30 @@ SLOW = """tests/browser/test_lab.py notebooks/11_many_gpus.ipynb
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(SLOW)}
     items.sort(key=lambda item: places.get(item.nodeid.split("::")[0], len(SLOW)))
+
+
+def pytest_configure() -> None:
+    """Give each worker a temporary folder of its own; pytest's stays where it was."""
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp()
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None):
+    """After a file's last test, look at what it left in the temporary folder."""
+    result = yield
+    if nextitem is None or nextitem.path != item.path:
+        found = Path(os.environ["TMPDIR"]).iterdir()
+        # This is PyTorch's own, one for each user, to be used again.
+        left = [path for path in found if not path.name.startswith("torchinductor_")]
+        for path in left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        assert not left, f"{item.path.name} left {[path.name for path in left]}"
+    return result
 
 
 @pytest.fixture(scope="module")

@@ -116,7 +116,7 @@ def _torchrun(folder: str, ranks: int, device: str) -> Iterator[subprocess.Popen
     command = [sys.executable, "-m", "torch.distributed.run", "--local-addr=127.0.0.1"]
     command += ["--rdzv-backend=c10d", "--rdzv-conf=store_type=file"]
     command += [f"--rdzv-endpoint={folder}/torchrun", f"--nproc-per-node={ranks}"]
-    command += ["-m", "helpers.distributed._rank", device]
+    command += [f"--log-dir={folder}", "-m", "helpers.distributed._rank", device]
     with open(Path(folder, "log"), "wb") as log:
         process = subprocess.Popen(
             command,
