@@ -89,12 +89,14 @@ nav: $(INSTALLED)
 html: $(INSTALLED)
 	$(BIN)/python -m tests.notebooks.pages html
 
-# JupyterLab would open with a question about its news and fetch announcements;
-# sys_prefix keeps that setting in .venv and out of the reader's home.
+# JupyterLab would open with a question about its news and fetch announcements, and
+# the tests' Notebook 7 and Voilà would give it buttons of theirs. sys_prefix keeps
+# these settings in .venv and out of the reader's home.
 $(INSTALLED): pyproject.toml requirements.lock | $(BIN)/pip
 	$(BIN)/pip install -c requirements.lock -e '.[dev]'
 	$(BIN)/jupyter labextension disable --level=sys_prefix \
-	  @jupyterlab/apputils-extension:announcements
+	  @jupyterlab/apputils-extension:announcements @jupyter-notebook/lab-extension \
+	  @voila-dashboards/jupyterlab-preview
 	touch $@
 
 $(BIN)/pip:

@@ -71,8 +71,10 @@ def url(request, tmp_path_factory) -> Iterator[str]:
     home = tmp_path_factory.mktemp("jupyter")
     shutil.copytree(ROOT / "notebooks", home / "root" / "notebooks")
     write_notebook(home / "root" / "cells.ipynb", *request.module.CELLS)
-    with jupyter_lab(home) as url:
-        yield url
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(home))  # what cells leave there goes with it
+        with jupyter_lab(home) as url:
+            yield url
 
 
 # Not for the session: while Playwright runs, no other test can use asyncio.
