@@ -49,12 +49,13 @@ def check_plan(
     *,
     at_most_bytes: int,
     at_most_recompute_flops: int | None = None,
+    **how: object,
 ) -> None:
     """Predict a plan's step and print its peak, and its recompute where asked, beside
     the targets.
 
     Args:
-        model_or_factory, batch: as in ``predict``.
+        model_or_factory, batch, how: as in ``predict``.
     """
     if _not_attempted(plan):
         return
@@ -65,7 +66,7 @@ def check_plan(
         )
         return
     try:
-        report = predict(model_or_factory, batch, plan)
+        report = predict(model_or_factory, batch, plan, **how)
     except Exception as error:
         print(f"not yet: {_first_line(error)}")
         return
@@ -101,14 +102,15 @@ def check_gradients(
     model = copy.deepcopy(model_or_factory) if is_made else model_or_factory()
     model.zero_grad(set_to_none=True)
     plain, other = copy.deepcopy(model), copy.deepcopy(model)
+    weights = dict(model.named_parameters())  # the function may rename them
     for name in runs or ():
         note = partial(lambda name, *_: counts.update([name]), name)
         model.get_submodule(name).register_forward_pre_hook(note)
-    with random_numbers_kept():
+    with random_numbers_kept(), torch.enable_grad():
         torch.manual_seed(0)
         training_step(plain, batch)()
         torch.manual_seed(0)
-        told = _said_of(function, model, batch) or _compare_gradients(plain, model)
+        told = _said_of(function, model, batch) or _compare_gradients(plain, weights)
         wrong = [why for name, (n, why) in (runs or {}).items() if counts[name] != n]
         if not wrong and too_large is not None and _trains(function, other, too_large):
             wrong = [f"{len(too_large):,} rows went through: where is the limit?"]
@@ -143,6 +145,8 @@ def _check(
     if not isinstance(answer, numbers.Real) or isinstance(answer, bool):
         print(f"not yet: this is a {type(answer).__name__}; a number is asked for")
         return
+    if abs(answer) > 1e18:  # which may be more than a float can hold
+        answer = math.inf if answer > 0 else -math.inf
     answer = int(answer) if isinstance(answer, numbers.Integral) else float(answer)
     close = isinstance(expected, float) and math.isclose(answer, expected, rel_tol=1e-3)
     if answer == expected or close:
@@ -177,9 +181,9 @@ def _bytes_in_words(n_bytes: float) -> str:
     return exact if abs(n_bytes) < 1024 else f"{exact} ({format_bytes(n_bytes)})"
 
 
-def _compare_gradients(plain: nn.Module, model: nn.Module) -> str:
+def _compare_gradients(plain: nn.Module, weights: dict[str, nn.Parameter]) -> str:
     """Say whether two models' gradients are the same; name the first that is not."""
-    gradients = {name: p.grad for name, p in model.named_parameters()}
+    gradients = {name: weight.grad for name, weight in weights.items()}
     if all(gradient is None for gradient in gradients.values()):
         return "not yet: no parameter has a gradient; did backward() run?"
     for name, parameter in plain.named_parameters():

@@ -65,6 +65,7 @@ def test_nothing_was_tried(check, nothing, printed):
         (1.9999, 2.0, "correct: 2.0 layers"),
         (1.9, 2.0, "not yet: yours 1.9 layers, too low"),
         (float("nan"), 2, "not yet: yours nan layers"),
+        (-(10**400), 2.0, "not yet: yours -inf layers, too low"),
         (6, 5, "not yet: yours 6 layers, too high; the output counts too"),
         ("5", 5, "not yet: this is a str; a number is asked for"),
         (True, 1, "not yet: this is a bool; a number is asked for"),
@@ -88,6 +89,7 @@ def test_a_number(answer, expected, line, printed):
         (1024, "; the bias alone"),
         (40, "yours 40 B, too low"),
         (float("inf"), "yours inf B (inf GiB), too high"),
+        (10**400, "yours inf B (inf GiB), too high"),
         ([41_984], "this is a list; a number is asked for"),
     ],
 )
@@ -159,6 +161,15 @@ def test_a_plan(plan, limits, line, printed):
     assert printed() == line
 
 
+def test_a_plan_of_a_step_with_a_policy(printed):
+    contexts = torch.utils.checkpoint.create_selective_checkpoint_contexts
+    saved = lambda: contexts([torch.ops.aten.addmm.default])  # noqa: E731
+    how = {"at_most_bytes": 2**30, "at_most_recompute_flops": 0}
+    plan = Plan((("layer1", "layer2"),))
+    check_plan(plan, four_layers, X, context_fn=saved, **how)
+    assert printed().startswith("correct: ")
+
+
 def with_checkpoint(model, x):
     with checkpointed(model, Plan.alone(["layer1", "layer2"])):
         model(x).sum().backward()
@@ -173,6 +184,19 @@ def detached(model, x):
     model.layer3(model.layer2(model.layer1(x)).detach()).sum().backward()
 
 
+def wrapped(model, x):
+    model.layer1 = nn.Sequential(model.layer1)
+    model(x).sum().backward()
+
+
+def moved(model, x):
+    model.to("meta")(x.to("meta")).sum().backward()
+
+
+def switched_off(model, x):
+    torch.set_grad_enabled(False)
+
+
 SAME = "correct: all gradients equal the plain model's, bit for bit"
 NONE = "not yet: no parameter has a gradient; did backward() run?"
 
@@ -185,6 +209,9 @@ NONE = "not yet: no parameter has a gradient; did backward() run?"
         (lambda model, x: model(x), NONE),
         (lambda model, x: model(x).backward(), "not yet: RuntimeError: grad can be"),
         (lambda model: None, "not yet: TypeError: "),
+        (wrapped, SAME),
+        (moved, NONE),
+        (switched_off, NONE),
         (twice, "not yet: the gradient of layer1.0.weight differs"),
         (detached, "not yet: layer1.0.weight has no gradient, and in the plain"),
     ],
@@ -195,6 +222,7 @@ def test_gradients(function, line, printed):
     check_gradients(function, model, X[:, :8])
     assert printed().startswith(line)
     assert torch.equal(before, torch.random.get_rng_state())
+    assert torch.is_grad_enabled()
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
