@@ -38,6 +38,12 @@ def test_every_picture_says_what_it_shows(folder):
             assert len(alt.split()) > 2 and "No description" not in alt, page.name
 
 
+def test_every_page_is_dark_where_the_reader_wants_it(folder):
+    for page in folder.glob("*.html"):
+        _, found, rules = page.read_text().partition("prefers-color-scheme: dark")
+        assert found and "--jp-layout-color0: #111" in rules, page.name
+
+
 def test_the_sentence_before_a_picture():
     prose = "## Two *plans*\n\nThey differ. Here is [the first](01_a.ipynb), `layer1`:"
     assert last_sentence(prose) == "Here is the first, layer1"
