@@ -27,7 +27,8 @@ SLOW = """tests/browser/test_lab.py notebooks/11_many_gpus.ipynb
   tests/browser/test_tree.py notebooks/08_the_price_in_time.ipynb
   tests/recording/test_recording.py tests/measure/test_measure.py
   tests/recording/test_published.py notebooks/13_is_it_true.ipynb
-  notebooks/10_your_model.ipynb tests/test_interrupts.py tests/test_house.py
+  notebooks/10_your_model.ipynb tests/test_interrupts.py
+  tests/browser/test_elsewhere.py tests/test_house.py
   tests/browser/test_recorded.py""".split()
 
 

@@ -7,7 +7,7 @@ from playwright.sync_api import Page, expect
 
 from helpers.checkpointing import Plan
 from helpers.controls._findings import finding
-from helpers.measure import predict
+from helpers.measure import StepReport, predict
 from helpers.models import uniform_mlp
 from helpers.units import format_bytes
 from tests.browser.page import PATIENCE_MS, ROOT, Panel
@@ -31,11 +31,9 @@ def in_voila(page: Page, url: str) -> None:
     page.goto(f"{url}/voila/render/cells.ipynb")
 
 
-NONE, FOUR, BOTH = ([], ["layer4"], ["layer2", "layer4"])
-REPORTS = [
-    predict(uniform_mlp, torch.empty(8192, 1024, device="meta"), Plan.alone(names))
-    for names in (NONE, FOUR, BOTH)
-]
+def report_of(*ticked: str) -> StepReport:
+    x = torch.empty(8192, 1024, device="meta")
+    return predict(uniform_mlp, x, Plan.alone(ticked))
 
 
 @pytest.mark.parametrize("opened", [in_notebook_7, in_voila])
@@ -43,7 +41,8 @@ def test_a_box_is_flipped_and_the_picture_follows(opened, browser, url):
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     page.set_default_timeout(PATIENCE_MS)
     opened(page, url)
-    panel, (none, four, both) = Panel(page), REPORTS
+    panel, none, four = Panel(page), report_of(), report_of("layer4")
+    both = report_of("layer2", "layer4")
     panel.wait_for(finding(none, four))  # as the page leaves it
     for box, report in (("layer2", both), ("layer2", four), ("layer4", none)):
         panel.box(box).click()
