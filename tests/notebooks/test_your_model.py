@@ -3,12 +3,15 @@
 import ast
 import contextlib
 import io
+import re
 from pathlib import Path
 
 import matplotlib
 import nbformat
 import pytest
+import torch
 
+from helpers import models
 from tests.notebooks.exercises import Statement
 
 PAGE = Path(__file__).parents[2] / "notebooks" / "10_your_model.ipynb"
@@ -70,6 +73,7 @@ model = models.GPT(2, 16, 2, 50, 8, tied=True)
 batch = (torch.randint(50, (2, 8)), torch.randint(50, (2, 8)))
 own, budget = {"autocast": torch.bfloat16}, "1 KiB"
 """
+README = PAGE.parents[1] / "README.md"
 MODELS = {  # what is put into the settings, and a line of what must be said
     "a U-Net": (
         "model, batch = models.UNet(3, 8), torch.randn(2, 3, 16, 16)\nbudget = least()",
@@ -143,3 +147,12 @@ def test_the_page_survives(settings, line):
     counted_twice = "updates its running statistics" in line
     wanted = "buffers differ" if counted_twice else "gradients and buffers as without"
     assert str(names["same"]).startswith(wanted)
+
+
+def test_the_lines_in_the_readme_run(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    model, batch = models.DocsMLP(), torch.randn(8, 1024)
+    exec(code.replace("8 GiB", "64 MiB"), {"model": model, "batch": batch})
+    said = capsys.readouterr().out
+    for words in ("layer3", "bit by bit", "# nothing is checkpointed"):
+        assert words in said
