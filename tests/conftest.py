@@ -8,6 +8,7 @@ What they need is imported where it is used: a machine with a GPU may have neith
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,13 +53,20 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None):
     """After a file's last test, look at what it left in the temporary folder."""
     result = yield
     if nextitem is None or nextitem.path != item.path:
-        found = Path(os.environ["TMPDIR"]).iterdir()
-        # This is PyTorch's own, one for each user, to be used again.
-        left = [path for path in found if not path.name.startswith("torchinductor_")]
+        for _ in range(20):  # a process that was told to end may take a moment
+            if not (left := left_behind()):
+                return result
+            time.sleep(0.1)
         for path in left:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        assert not left, f"{item.path.name} left {[path.name for path in left]}"
+            path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+        pytest.fail(f"{item.path.name} left {[path.name for path in left]}")
     return result
+
+
+def left_behind() -> list[Path]:
+    found = Path(os.environ["TMPDIR"]).iterdir()
+    # That one is PyTorch's own, one for each user, to be used again.
+    return [path for path in found if not path.name.startswith("torchinductor_")]
 
 
 @pytest.fixture(scope="module")
