@@ -1,7 +1,7 @@
 """What this machine is asked to do: unasked, on a button, when asked twice, or not."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -49,6 +49,14 @@ def without_data(model: object, batch: object) -> str:
     return ""
 
 
+def random_rows(model: nn.Module, rows: int, device: str) -> torch.Tensor:
+    """Make as many rows as the model's first Linear layer takes."""
+    linear = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
+    if linear is None:
+        raise ValueError("give a tensor as batch: this model has no Linear layer")
+    return torch.randn(rows, linear.in_features, device=device)
+
+
 def what_follows(report: StepReport) -> str:
     """Say what becomes of a step's measurement."""
     if bearable(report, AUTO_FLOPS):
@@ -56,6 +64,13 @@ def what_follows(report: StepReport) -> str:
     if bearable(report, CPU_FLOPS):
         return "Measure runs it on this CPU"
     return f"{format_flops(step_flops(report))} are too much to measure on this CPU"
+
+
+def check_sizes(values: Mapping[str, object]) -> None:
+    """Raise ValueError where a size is no number of layers, rows and so on."""
+    for name, value in values.items():
+        if isinstance(value, int) and not 1 <= value < 2**31:
+            raise ValueError(f"{name} must be a whole number from 1 up, not {value:,}")
 
 
 def check_tensors(things: object) -> None:

@@ -1,5 +1,7 @@
 """What a plan does to a training step, said in one sentence."""
 
+from collections.abc import Sequence
+
 import torch
 
 from helpers.checkpointing import Plan
@@ -15,13 +17,16 @@ def added_work(report: StepReport, recompute_flops: int) -> str:
 
 def finding(before: StepReport, after: StepReport) -> str:
     """Say what ``after``'s plan changes: peak memory, and FLOPs of the whole step."""
-    peak = format_bytes(after.peak_bytes)
-    if not after.plan.segments:
-        return f"{describe(after.plan)}: peak {peak}"
+    said = f"{describe(after.plan)}: peak {format_bytes(after.peak_bytes)}"
+    if after.plan == before.plan:
+        return said
     saved = after.peak_bytes - before.peak_bytes
     change = format_bytes(saved, signed=True) if saved else "unchanged"
-    extra = added_work(after, after.recompute_flops)
-    return f"{describe(after.plan)}: peak {peak} ({change}), {extra}"
+    if not before.plan.segments:
+        return f"{said} ({change}), {added_work(after, after.recompute_flops)}"
+    flops = [plain_step_flops(one) + one.recompute_flops for one in (after, before)]
+    work = f"step {format_change(*flops)} FLOPs"
+    return f"{said} ({change}), {work}, against {describe(before.plan)}"
 
 
 def describe(plan: Plan) -> str:
@@ -59,7 +64,7 @@ def measured_note(
     """Say what was measured, where, and whether it is what was predicted.
 
     Args:
-        base: no checkpointing, measured in the same run.
+        base: what it is compared with, measured in the same run; or itself.
         predicted, own: the prediction that is shown, and that for ``report``'s device;
             or what was measured, where there can be none.
     """
@@ -78,9 +83,9 @@ def measured_note(
 
 
 def timed_note(report: StepReport, base: StepReport) -> str:
-    """Say how long a step took, beside one without checkpointing."""
+    """Say how long a step took, beside the one that it is compared with."""
     note = f"step {format_ms(report.step_ms)}"
-    if report.plan.segments and base.step_ms:
+    if report.plan != base.plan and base.step_ms:
         note += f" ({format_change(report.step_ms, base.step_ms)})"
     return f"{note}, median of {report.repeats} runs"
 
@@ -94,9 +99,12 @@ def verified_note(found: Verification | None) -> str:
     return said + _differing("; buffers differ: ", found.buffers)
 
 
-def gradients_alarm(found: Verification | None) -> str:
-    """Say which gradients a plan makes others."""
-    return _differing("gradients differ: ", found.gradients) if found else ""
+def cautious(verified: Verification | None, hazards: Sequence[object]) -> str:
+    """Say which gradients a plan makes others, and what may go wrong with it."""
+    alarm = _differing("gradients differ: ", verified.gradients) if verified else ""
+    more = f" (and {len(hazards) - 1} more)" if len(hazards) > 1 else ""
+    said = [*filter(None, [alarm]), *(f"{one}{more}" for one in hazards[:1])]
+    return f". Careful: {'; '.join(said)}" if said else ""
 
 
 def _differing(words: str, errors: dict[str, float]) -> str:

@@ -38,3 +38,9 @@ def status(text: str, note: str = "", wrong: bool = False) -> str:
     note = f'<div class="more">{html.escape(note)}</div>' if note else ""
     said = f"<div{kind}>{html.escape(text)}</div>{note}"
     return f'<div role="status" aria-live="polite">{said}</div>'
+
+
+def progress(number: int, total: int) -> str:
+    """Draw which step runs of how many; it is not announced at each of them."""
+    bar = f'<progress aria-label="measuring" value="{number - 1}" max="{total}">'
+    return f"{bar}</progress> step {number} of {total}"

@@ -6,6 +6,9 @@ A page without a kernel shows a PNG, which is drawn when somebody asks for it.
 import base64
 import functools
 import html
+import json
+import operator
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import anywidget
 import traitlets
 
 from helpers.checkpointing import Plan
-from helpers.controls._answers import Answers, Pair
+from helpers.controls._answers import Answers, Pair, recorded_beside
 from helpers.controls._findings import finding
 from helpers.controls._png import Around, draw_png
 from helpers.measure import StepReport
@@ -21,17 +24,21 @@ from helpers.plots import COLORS, extra_work, peak_cause, running
 from helpers.timeline import CATEGORIES, Allocation
 from helpers.units import format_change, format_ms
 
-NAMES = "no checkpointing", "this plan"
+
+def packed(value: object, _: object = None) -> bytes:
+    """Pack what goes to the browser: a large model's timeline repeats itself."""
+    return zlib.compress(json.dumps(value, separators=(",", ":")).encode(), 1)
 
 
 class Picture(anywidget.AnyWidget):
     """Draws the answers of a lab.
 
     Args:
-        bring_back: called with a plan that the reader clicked on.
+        bring_back, compare: called with a plan that the reader chose.
 
     Attributes:
         before, after: a timeline each, as numbers.
+        names: what their numbers stand for, if it is in ``before``.
         shown: what is beside them, and the finding; empty if nothing is shown.
         value: the picture as HTML for where there is no widget, or "". It is drawn when
             it is read; observers of it are told when it is another one.
@@ -40,18 +47,24 @@ class Picture(anywidget.AnyWidget):
     _esm = Path(__file__).with_name("picture.js")
     _css = Path(__file__).with_name("lab.css")
     colors = traitlets.Dict(COLORS).tag(sync=True)
-    before, after, shown = (traitlets.Dict().tag(sync=True) for _ in range(3))
+    before, after, shown = (
+        traitlets.Dict().tag(sync=True, to_json=packed) for _ in range(3)
+    )
+    names = traitlets.List().tag(sync=True, to_json=packed)
 
-    def __init__(self, bring_back: Callable[[Plan], None]) -> None:
+    def __init__(
+        self, bring_back: Callable[[Plan], None], compare: Callable[[Plan], None]
+    ) -> None:
         super().__init__()
         self.add_class("layer-lab-picture")
-        self._bring_back, self._tried = bring_back, []
+        self._heard = {"bring_back": bring_back, "compare": compare}
+        self._tried: list[Plan] = []
         self.on_msg(self._clicked)
         self.clear()
 
     def clear(self) -> None:
         """Show nothing."""
-        self._set({}, {}, {"finding": ""})
+        self._set({}, {}, {"finding": ""}, [])
         self._draw: Callable[[], bytes] = bytes
 
     def show(
@@ -61,7 +74,7 @@ class Picture(anywidget.AnyWidget):
         limit: Mapping[str, object] | None = None,
         around: Around = ([], []),
     ) -> None:
-        """Show a plan beside no checkpointing, and every plan tried.
+        """Show a plan beside the one that it is compared with, and every plan tried.
 
         Args:
             recorded: pairs by plan, which another machine measured.
@@ -69,17 +82,20 @@ class Picture(anywidget.AnyWidget):
             around: the rows and lines that a page without widgets shows.
         """
         self._tried = [*found.tried]
-        before, after = found.reports
-        more = found.predictions, [*found.measured.values()], dict(recorded)
-        drawn = functools.partial(draw_png, before, after, *more, around)
+        drawn = functools.partial(draw_png, found, dict(recorded), around)
         self._draw = functools.cache(drawn)
+        before, after = found.reports
+        texts = _Numbered()
+        first, names = _line(found.title, before, texts), [*texts]
+        second = _line("this plan", after, texts)
+        second["names"] = [*texts][len(names) :]
         numbers = _numbers(found, recorded) | {"limit": limit}
-        lines = map(_line, NAMES, (before, after))
-        self._set(*lines, numbers)
+        self._set(first, second, numbers, names)
 
-    def _set(self, before: dict, after: dict, shown: dict) -> None:
+    def _set(self, before: dict, after: dict, shown: dict, names: list[str]) -> None:
         with self.hold_sync():  # one message, which says what has changed
-            self.before, self.after, self.shown = before, after, shown
+            self.before, self.after = before, after
+            self.shown, self.names = shown, names
         self.notify_change(traitlets.Bunch(name="value", type="change", owner=self))
 
     @property
@@ -104,30 +120,30 @@ class Picture(anywidget.AnyWidget):
         self.send({"save": "layer-lab.png"}, buffers=[self.png])
 
     def _clicked(self, _: object, message: dict, __: object) -> None:
-        place = message.get("bring_back")
-        if isinstance(place, int) and 0 <= place < len(self._tried):
-            self._bring_back(self._tried[place])
+        for kind in self._heard.keys() & message.keys():
+            place = message[kind]
+            if isinstance(place, int) and 0 <= place < len(self._tried):
+                self._heard[kind](self._tried[place])
 
 
 def _numbers(found: Answers, recorded: Mapping[Plan, Pair]) -> dict:
     """Give what is drawn beside the timelines."""
     plans, base = [*found.tried], found.pair[0]
-    before, after = found.reports
-    now, grey = plans.index(found.shown), ()
-    if after.plan in recorded:
-        report, bare = recorded[after.plan]
-        grey = bare, report
+    grey = recorded_beside(recorded, base.plan, found.shown)
     return {
         "finding": found.finding,
         "categories": CATEGORIES,
-        "times": _times((before, after), grey),
-        "recordedPeaks": [[one.peak_bytes] for one in grey] or [[], []],
+        "times": _times(found.reports, grey),
+        "recordedPeaks": [[one.peak_bytes] if one else [] for one in grey],
         "tried": [
             {"work": extra_work(r), "peak": r.peak_bytes, "about": finding(base, r)}
             for r in found.tried.values()
         ],
-        "now": now,
-        "names": {now: "this plan", plans.index(Plan()): "none"},
+        "pair": found.pair_names,
+        "now": plans.index(found.shown),
+        "compared": plans.index(base.plan),
+        "none": plans.index(Plan()),
+        "names": {plans.index(plan): name for plan, name in found.names.items()},
         "dots": _extra_times(found.measured.values()),
         "recorded": _extra_times(recorded[p] for p in plans if p in recorded),
     }
@@ -142,14 +158,15 @@ def _extra_times(pairs: Iterable[Pair]) -> list[tuple[float, int]]:
     ]
 
 
-def _times(*series: Sequence[StepReport]) -> list[list[dict]]:
+def _times(*series: Sequence[StepReport | None]) -> list[list[dict]]:
     """Give for both plans the medians that there are, of here and of a recording."""
     places: list[list[dict]] = [[], []]
     for reports in series:
-        for place, report in zip(places, reports, strict=False):
-            if report.step_ms is None:
+        first = reports[0] and reports[0].step_ms
+        for place, report in zip(places, reports, strict=True):
+            if report is None or report.step_ms is None:
                 continue
-            words, first = [format_ms(report.step_ms)], reports[0].step_ms
+            words = [format_ms(report.step_ms)]
             if place is places[1] and first:
                 words.append(format_change(report.step_ms, first))
             low, high = report.step_ms_quartiles
@@ -159,10 +176,12 @@ def _times(*series: Sequence[StepReport]) -> list[list[dict]]:
     return places
 
 
-def _line(title: str, report: StepReport) -> dict:
+def _line(title: str, report: StepReport, texts: dict[str, int]) -> dict:
     """Give what a timeline is drawn and asked from: each tensor, from when to when.
 
     A place is what lies between two events; the first one is before the forward pass.
+    ``gaps`` lie between tensors' first places, and ``lasts`` is how many each has;
+    ``makers`` has gaps as well, and ``shape`` none: numbers of ``texts``.
     """
     line, start = report.timeline, report.timeline.first_allocation
     born = dict.fromkeys(line.before, 0)
@@ -172,7 +191,6 @@ def _line(title: str, report: StepReport) -> dict:
         ends[event.allocation] = max(0, place)
     length = len(line.events) - start + 1
     tensors = [one for one in born if gone.get(one, length) > 0]
-    makers, shapes = _Numbered(), _Numbered()
     return {
         "title": title,
         "measured": report.source == "measured",
@@ -185,14 +203,17 @@ def _line(title: str, report: StepReport) -> dict:
         "categories": [report.categories.get(name, 0) for name in CATEGORIES],
         "running": running(line),
         "bytes": [one.bytes for one in tensors],
-        "from": [born[one] for one in tensors],
-        "to": [gone.get(one, length) for one in tensors],
+        "gaps": _gaps([born[one] for one in tensors]),
+        "lasts": [gone.get(one, length) - born[one] for one in tensors],
         "category": [CATEGORIES.index(one.category) for one in tensors],
-        "maker": [makers[_maker(one)] for one in tensors],
-        "shape": [shapes[" × ".join(map(str, one.shape))] for one in tensors],
-        "makers": [*makers],
-        "shapes": [*shapes],
+        "makers": _gaps([texts[_maker(one)] for one in tensors]),
+        "shape": [texts[" × ".join(map(str, one.shape))] for one in tensors],
     }
+
+
+def _gaps(numbers: list[int]) -> list[int]:
+    """Give each number's distance from the one before: those repeat themselves."""
+    return [*map(operator.sub, numbers, [0, *numbers])]
 
 
 def _maker(tensor: Allocation) -> str:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from helpers.checkpointing import Plan
-from helpers.measure import StepReport
+from helpers.controls._answers import Answers, recorded_beside
 from helpers.plots import (
     COLORS,
     INK,
@@ -27,68 +27,63 @@ from helpers.recording import Pair, Recorded
 Around = tuple[list[tuple[str, bool, bool]], list[str]]
 ROOM = 1.32  # length of the time axis, in steps without checkpointing
 ROWS = 21  # at most
-PLACES = {
-    "no checkpointing": (0.18, 0.58, 0.40, 0.36),
-    "this plan": (0.18, 0.16, 0.40, 0.36),
-    "alive at the peak": (0.64, 0.60, 0.14, 0.34),
-    "iteration time": (0.87, 0.60, 0.12, 0.34),
-    "every plan tried": (0.64, 0.21, 0.35, 0.30),
-}
+PLACES = (
+    (0.18, 0.58, 0.40, 0.36),  # both timelines
+    (0.18, 0.16, 0.40, 0.36),
+    (0.64, 0.60, 0.14, 0.34),  # peaks, times, and every plan tried
+    (0.87, 0.60, 0.12, 0.34),
+    (0.64, 0.21, 0.35, 0.30),
+)
+TITLES = "this plan", "alive at the peak", "iteration time", "every plan tried"
 
 
-def draw_png(
-    before: StepReport,
-    after: StepReport,
-    tried: Sequence[StepReport],
-    measured: Sequence[Pair],
-    recorded: Mapping[Plan, Pair],
-    around: Around,
-) -> bytes:
+def draw_png(found: Answers, recorded: Mapping[Plan, Pair], around: Around) -> bytes:
     """Draw one state of a lab.
 
     Args:
-        before, after: without checkpointing and with this plan; measured reports where
-            there are some, else predicted ones.
-        tried: predictions of every plan so far, no checkpointing first, this one last.
-        measured: of those, what was measured, beside the unchecked model.
-        recorded: such pairs by plan, which another machine measured.
+        recorded: pairs by plan, which another machine measured.
     """
     style = matplotlib.rc_params_from_file(STYLE, use_default_template=False)
     with matplotlib.rc_context(style):
         figure = Figure((10.2, 5.6), dpi=72)
         figure.set_layout_engine("none")
-        axes = [figure.add_axes(at, title=name) for name, at in PLACES.items()]
-        top_bytes = max(report.peak_bytes for report in (before, after, *tried))
-        _plot_pair(axes[:4], before, after, recorded, top_bytes)
+        pair, tried = found.reports, found.predictions
+        titles = found.title, *TITLES
+        named = zip(PLACES, titles, strict=True)
+        axes = [figure.add_axes(at, title=name) for at, name in named]
+        top_bytes = max(report.peak_bytes for report in (*pair, *tried))
+        _plot_pair(axes[:4], found, recorded, top_bytes)
         grey = {r.plan: recorded[r.plan] for r in tried if r.plan in recorded}
         others = {"recorded": Recorded(pairs=grey), "top_bytes": top_bytes}
-        labels = {len(tried) - 1: "this plan", 0: "none"}
-        plot_tradeoff(axes[4], tried, measured, labels=labels, **others)
+        others["labels"] = {
+            place: found.names[one.plan]
+            for place, one in enumerate(tried)
+            if one.plan in found.names
+        }
+        plot_tradeoff(axes[4], tried, [*found.measured.values()], **others)
         _write_around(figure, *around)
         return figure_png(figure)[0]
 
 
 def _plot_pair(
     axes: Sequence[Axes],
-    before: StepReport,
-    after: StepReport,
+    found: Answers,
     recorded: Mapping[Plan, Pair],
     top_bytes: int,
 ) -> None:
     """Plot timelines, peaks and times of both plans."""
-    lengths = [timeline_length(report.timeline) for report in (before, after)]
+    pair = before, after = found.reports
+    lengths = [timeline_length(report.timeline) for report in pair]
     room = max(ROOM * lengths[0], lengths[1])
-    for ax, report in zip(axes[:2], (before, after), strict=True):
+    for ax, report in zip(axes[:2], pair, strict=True):
         is_measured = {"measured": report.source == "measured"}
         line = report.timeline
         plot_timeline(ax, line, top_bytes=top_bytes, length=room, **is_measured)
-    grey = Recorded()
-    if after.plan in recorded:
-        report, base = recorded[after.plan]
-        grey = Recorded(pairs={before.plan: (base, base), after.plan: (report, base)})
-    pair = {"none": before, "this plan": after}
-    plot_peaks(axes[2], pair, recorded=grey, top_bytes=top_bytes)
-    plot_times(axes[3], pair, grey)
+    beside = filter(None, recorded_beside(recorded, before.plan, after.plan))
+    grey = {one.plan: (one, one) for one in beside}
+    named = dict(zip(found.pair_names, pair, strict=True))
+    plot_peaks(axes[2], named, recorded=Recorded(pairs=grey), top_bytes=top_bytes)
+    plot_times(axes[3], named, Recorded(pairs=grey))
 
 
 def _write_around(

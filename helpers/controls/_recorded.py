@@ -7,6 +7,7 @@ import ipywidgets as widgets
 from torch import nn
 
 from helpers.checkpointing import Plan
+from helpers.controls._answers import recorded_beside
 from helpers.controls._findings import timed_note
 from helpers.controls._look import WIDE
 from helpers.recording import FOLDER, MODELS, Pair, RecordingError, all_recorded
@@ -60,14 +61,14 @@ class RecordedChoice(widgets.Dropdown):
         """What the chosen GPU measured: for each plan its report, and that of none."""
         return self._found.get(self.value, {})
 
-    def note(self, plan: Plan) -> str:
+    def note(self, plan: Plan, against: Plan = Plan()) -> str:
         """Name the GPU that measured this plan, and what it measured; else nothing."""
         if self._problem:
             return f"; no recording is shown: {self._problem}"
         if plan not in self.pairs:
             return ""
-        report, base = self.pairs[plan]
+        base, report = recorded_beside(self.pairs, against, plan)
         note = f"; recorded on {self.value}: {format_bytes(report.peak_bytes)}"
         if report.step_ms is None:
             return note
-        return f"{note}, {timed_note(report, base)}"
+        return f"{note}, {timed_note(report, base or report)}"

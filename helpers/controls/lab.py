@@ -6,9 +6,11 @@ would share the random numbers), and the next flip waits for one step at most.
 """
 
 import base64
+import contextlib
 import textwrap
 import threading
 from collections.abc import Callable, Generator
+from functools import partial
 from operator import attrgetter
 
 import ipywidgets as widgets
@@ -16,6 +18,7 @@ import torch
 from torch import nn
 
 from helpers.checkpointing import Plan
+from helpers.controls._buttons import Shortcuts, folded
 from helpers.controls._findings import describe
 from helpers.controls._idle import IdleWork
 from helpers.controls._look import (
@@ -23,6 +26,7 @@ from helpers.controls._look import (
     ROOMY,
     WIDE,
     control,
+    progress,
     sentence,
     status,
 )
@@ -30,7 +34,7 @@ from helpers.controls._picture import Picture
 from helpers.controls._recorded import RecordedChoice
 from helpers.controls._step import StepFields
 from helpers.controls.rows import Rows
-from helpers.controls.state import LabState
+from helpers.controls.state import STOPPED, LabState
 from helpers.dry_run import GivenOptimizer
 from helpers.measure import Loss, Step, StepReport
 from helpers.models import uniform_mlp
@@ -55,12 +59,14 @@ class LayerLab(widgets.HBox):
 
     Attributes:
         state: what it knows, apart from the widgets.
+        against: the plan that it is compared with; no checkpointing at first.
         boxes: a checkbox for each layer, by name.
         joins: a toggle for each layer that can share a segment with the one before;
             it counts when both are ticked.
         settings, finding, history: of ``state``, as they are now.
         recorded: a dropdown of GPUs that have measured this model at this size.
         picture, readout: the picture, and the finding with a note below.
+        progress: which step of a measurement runs; empty if none does.
         step: fields of the step: ``optimizer``, ``precision``, ``card``, ``memory``.
         limit: tells of a report whether it stays below a limit, which is drawn.
         on_shown: called without arguments after each new picture.
@@ -87,7 +93,7 @@ class LayerLab(widgets.HBox):
         self.state = LabState(model_factory, batch, settings, device, tree, options)
         self.on_shown: Callable[[], None] = lambda: None
         self._pending: Callable | None = None
-        self._work = IdleWork(self.guarded)
+        self._work = IdleWork(self.guarded, self._say_stopped)
         self.controls = {n: control(n, v) for n, v in self.state.values.items()}
         for one in self.controls.values():
             one.observe(lambda _: self.later(self._show), "value")
@@ -97,8 +103,10 @@ class LayerLab(widgets.HBox):
         self.measure_button.description = "Measure"
         self.measure_button.on_click(lambda _: self.later(self._toggle_measuring))
         self.recorded = RecordedChoice(lambda: self.later(self.draw))
-        self.picture = Picture(lambda plan: self.guarded(lambda: self._apply(plan)))
+        chosen = self._apply, self._take_other
+        self.picture = Picture(*(partial(self._take_chosen, one) for one in chosen))
         self.readout = widgets.HTML().add_class("layer-lab-readout")
+        self.progress = widgets.HTML().add_class("layer-lab-progress")
         super().__init__(self._arranged(), layout=BESIDE)
         self.add_class("layer-lab")
         self._wrong = ""  # what the panel says instead of a finding
@@ -124,9 +132,23 @@ class LayerLab(widgets.HBox):
         self.rows.write()
         self.guarded(self._show)
 
+    @property
+    def against(self) -> Plan:
+        """The plan that others are compared with; may be set."""
+        return self.state.against
+
+    @against.setter
+    def against(self, plan: Plan) -> None:
+        self.state.against = plan
+        self.guarded(self._show)
+
     def measure(self) -> StepReport:
         """Measure the present plan and no checkpointing now, and show the result."""
-        self._work.run(self._measurement())
+        try:
+            self._work.run(self._measurement())
+        except KeyboardInterrupt:
+            self._say_stopped()
+            raise
         return self.state.measured[self.state.shown][0]
 
     def _repr_mimebundle_(self, **kwargs) -> dict:
@@ -140,54 +162,32 @@ class LayerLab(widgets.HBox):
     # How it is built ------------------------------------------------------------------
 
     def _arranged(self) -> list[widgets.Widget]:
-        left = [*self.controls.values(), self._make_shortcuts(), self.rows]
-        left += [self.measure_button, self.recorded, self._folded()]
-        controls = widgets.VBox(left)
-        shown = widgets.VBox([self.picture, self.readout], layout=ROOMY)
-        return [controls.add_class("layer-lab-controls"), shown]
-
-    def _folded(self) -> widgets.Accordion:
-        """Fold away what is not always needed."""
+        shortcuts = Shortcuts(self.state.ticks.pieces, self._apply)
+        self.shortcuts, self.piece = shortcuts.buttons, shortcuts.piece
         taken = {
             "Copy code": lambda: self.picture.copy(self.plan.code(self.state.model)),
             "Copy plan": lambda: self.picture.copy(repr(self.plan)),
             "Save picture": self.picture.save,
         }
-        buttons = []
-        for text, work in taken.items():
-            buttons.append(widgets.Button(description=text, layout=WIDE))
-            buttons[-1].on_click(lambda _, work=work: self.guarded(work))
-        pages = [self.step, widgets.VBox(buttons)]
-        titles = ["Step and card", "Take it along"]
-        folded = widgets.Accordion(pages, titles=titles, selected_index=None)
-        return folded.add_class("layer-lab-folded")
-
-    def _make_shortcuts(self) -> widgets.VBox:
-        look = {"description": "of", "layout": {"width": "84px", "margin": "1px"}}
-        look["tooltip"] = "layers in a piece"
-        self.piece = widgets.BoundedIntText(2, min=1, max=999, **look)
-        self.piece.style.description_width = "24px"
-        pieces = self.state.ticks.pieces
-        plans = {"none": Plan}
-        plans["each alone"] = lambda: pieces(1)
-        plans["all joined"] = lambda: pieces(None)
-        plans["pieces"] = lambda: pieces(self.piece.value)
-        self.shortcuts: dict[str, widgets.Button] = {}
-        for text, plan in plans.items():
-            look = {"width": "60px" if text == "none" else "76px"}
-            look |= {"margin": "1px", "padding": "0"}
-            button = widgets.Button(description=text, layout=look)
-            button.on_click(lambda _, plan=plan: self._apply(plan()))
-            self.shortcuts[text] = button
-        *first, last = self.shortcuts.values()
-        rows = [widgets.HBox(first), widgets.HBox([last, self.piece])]
-        return widgets.VBox(rows, layout={"margin": "4px 0"})
+        along = {text: partial(self.guarded, work) for text, work in taken.items()}
+        left = [*self.controls.values(), shortcuts, self.rows, self.measure_button]
+        controls = widgets.VBox([*left, self.recorded, folded(self.step, along)])
+        below = [self.readout, self.progress]
+        shown = widgets.VBox([self.picture, *below], layout=ROOMY)
+        return [controls.add_class("layer-lab-controls"), shown]
 
     def _apply(self, plan: Plan) -> None:
         """Set boxes and joins now, before the next click; answer when it is time."""
         self.state.ticks.plan = plan
         self.rows.write()
         self.later(self._show)
+
+    def _take_other(self, plan: Plan) -> None:
+        self.state.against = plan
+        self.later(self._show)
+
+    def _take_chosen(self, take: Callable[[Plan], None], plan: Plan) -> None:
+        self.guarded(lambda: take(plan))
 
     def _take_fields(self) -> None:
         """Make a model of what the fields say, and rows for it."""
@@ -232,7 +232,8 @@ class LayerLab(widgets.HBox):
     def guarded(self, work: Callable[[], None]) -> None:
         """Run work; a failure is one sentence in the panel, not a traceback."""
         try:
-            work()
+            with self._work.interruptible():
+                work()
         except Exception as error:
             self._fail(sentence(error))
         except KeyboardInterrupt:
@@ -275,7 +276,7 @@ class LayerLab(widgets.HBox):
         if not self.finding:
             return
         state, found = self.state, self.state.answers
-        note = state.note + self.recorded.note(state.shown)
+        note = state.note + self.recorded.note(state.shown, found.pair[0].plan)
         note += state.ticks.left_out(state.shown) + state.caution
         limit = self.limit(state.tried[state.shown])
         rows = self.rows.as_text(state.shown)
@@ -297,16 +298,30 @@ class LayerLab(widgets.HBox):
     def _toggle_measuring(self) -> None:
         if self._work.active:
             self._work.stop()
-            self._say_of_ticked("measurement stopped")
+            self._say_stopped()
         else:
             self._work.start(self._measurement())
 
+    def _say_stopped(self) -> None:
+        """Say that a measurement was stopped, beside what was there before."""
+        if self._wrong or not self.finding:
+            return self._fail(f"{self._wrong}; {STOPPED}".removeprefix("; "))
+        self.state.stopped = True
+        self.draw()
+
     def _measurement(self) -> Generator[None, None, None]:
         """Measure the present plan, a training step a turn, and draw it again."""
+        before = self._wrong, self.readout.value
         self.measure_button.description = "Stop"
         self._say_of_ticked("measuring …")
         try:
-            yield from self.state.measuring()
+            with contextlib.closing(self.state.measuring()) as steps:
+                for number, _ in enumerate(steps, 1):
+                    self.progress.value = progress(number, self.state.steps)
+                    yield
+        except BaseException:
+            self._wrong, self.readout.value = before
+            raise
         finally:
-            self.measure_button.description = "Measure"
+            self.measure_button.description, self.progress.value = "Measure", ""
         self.draw()

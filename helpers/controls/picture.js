@@ -4,7 +4,8 @@
 // every plan tried. Its colours are those of plots/_axes.py, in light and dark themes.
 
 const NS = "http://www.w3.org/2000/svg";
-const LEFT = 46, TOP = 26, LETTER = 6.1; // margins, and a letter's width, in pixels
+const LEFT = 46, TOP = 26, LETTER = 6.1, TITLE_LETTER = 8; // margins, widths of letters
+const BUTTON = 140; // a button's width, beside a title
 const LISTED = 7; // tensors that a hover names
 
 function draw(tag, attributes = {}, ...children) {
@@ -24,7 +25,7 @@ function unitOf(top) {
 
 function bytes(count) {
   const [size, unit] = unitOf(count);
-  const digits = size === 1 ? 0 : unit === "GiB" && count < 100 * size ? 2 : 1;
+  const digits = size === 1 ? 0 : unit === "GiB" ? 2 : 1;
   const look = { minimumFractionDigits: digits, maximumFractionDigits: digits };
   return `${(count / size).toLocaleString("en", look)} ${unit}`;
 }
@@ -37,10 +38,12 @@ function ticks(top, most) {
 }
 
 // An empty plot of a panel's size, with a memory or time axis to the left.
-function axes(panel, title, top, unit, bottom) {
+function axes(panel, title, top, unit, bottom, taken = 0) {
   const { width, height } = panel.room, low = height - bottom;
   const y = (value) => low - (value / top) * (low - TOP);
-  const parts = [text(LEFT - 34, 14, title, "title")];
+  const most = Math.floor((width - LEFT + 28 - taken) / TITLE_LETTER);
+  const cut = title.length > most ? `${title.slice(0, most - 1)}…` : title;
+  const parts = [text(LEFT - 34, 14, cut, "title")];
   for (const tick of top ? ticks(top, low - TOP < 160 ? 4 : 6) : []) {
     const at = { x1: LEFT, x2: width - 6, y1: y(tick), y2: y(tick) };
     parts.push(draw("line", { class: tick ? "grid" : "axis", ...at }));
@@ -51,6 +54,20 @@ function axes(panel, title, top, unit, bottom) {
   const label = text(12, middle, unit, "quiet", "middle");
   label.setAttribute("transform", `rotate(-90 12 ${middle})`);
   return { parts: [...parts, label], y, width, low };
+}
+
+async function unpack(packed) {
+  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Response(stream).json();
+}
+
+const summed = (gaps, at = 0) => gaps.map((gap) => (at += gap));
+
+// From when to when each tensor of a timeline is alive, and what made it.
+function laid(line) {
+  if (!line.gaps) return line;
+  const from = summed(line.gaps), to = line.lasts.map((places, i) => from[i] + places);
+  return Object.assign(line, { from, to, maker: summed(line.makers) });
 }
 
 // Bytes alive in each category at each place of a timeline, from its tensors.
@@ -127,7 +144,7 @@ function limitLine(limit, scale, axis) {
 }
 
 function drawTimeline(panel, line, shown, scale, colors) {
-  const axis = axes(panel, line.title, scale.top, scale.unit, 38), { y, low, width } = axis;
+  const axis = axes(panel, line.title, scale.top, scale.unit, 38, BUTTON), { y, low, width } = axis;
   const x = (place) => LEFT + (place / scale.length) * (width - 6 - LEFT);
   const rows = levelsOf(line, shown.categories);
   const at = { cx: x(line.peak.place + 0.5), cy: y(line.peak.bytes / scale.size) };
@@ -163,7 +180,7 @@ function drawPeaks(panel, lines, shown, scale, colors) {
     });
     const [amount] = bytes(level).split(" ");
     parts.push(text(x + wide / 2, y(level / scale.size) - 4, amount, "strong", "middle"));
-    parts.push(text(x + wide / 2, low + 16, ["none", "this plan"][i], "quiet", "middle"));
+    parts.push(text(x + wide / 2, low + 16, shown.pair[i], "quiet", "middle"));
     for (const grey of shown.recordedPeaks[i]) {
       const tip = y(grey / scale.size), d = `M${x - 8} ${tip - 4}L${x - 1} ${tip}L${x - 8} ${tip + 4}Z`;
       parts.push(draw("path", { class: "recorded", d }));
@@ -206,7 +223,7 @@ function drawTimes(panel, shown) {
         parts.push(text(x, below ? at(one.low) + 13 * (i + 1) : up, words, "label halo", "middle"));
       });
     }
-    parts.push(text(middle, low + 16, ["none", "this plan"][place], "quiet", "middle"));
+    parts.push(text(middle, low + 16, shown.pair[place], "quiet", "middle"));
   });
   if (!all.length) {
     const at = [LEFT + (width - LEFT) / 2, (TOP + low) / 2];
@@ -214,13 +231,14 @@ function drawTimes(panel, shown) {
     parts.push(text(at[0], at[1] + 7, "measured", "quiet", "middle"));
   }
   panel.replaceChildren(...parts);
-  const said = ["none", "this plan"].map((name, i) =>
+  const said = shown.pair.map((name, i) =>
     shown.times[i].map((one) => `${name} ${one.words.join(" ")}`).join(", recorded "));
   panel.setAttribute("aria-label", `iteration time: ${said.filter(Boolean).join("; ") || "not yet measured"}`);
 }
 
-// Memory against extra work: a ring for each plan, which brings it back on a click.
-function drawTried(panel, shown, scale, choose, tell) {
+// Memory against extra work: a ring for each plan, which brings it back on a click, and
+// with Shift takes it as the one to compare with.
+function drawTried(panel, shown, scale, choose, compare, tell) {
   const { parts, y, low, width } = axes(panel, "every plan tried", scale.top, scale.unit, 38);
   const dots = [...shown.recorded, ...shown.dots];
   const xs = [...shown.tried.map((one) => one.work), ...dots.map(([work]) => work)];
@@ -239,9 +257,12 @@ function drawTried(panel, shown, scale, choose, tell) {
     const ring = draw("g", { class: "ring", role: "button", tabindex: -1 });
     ring.append(draw("circle", { r: 8, class: "target", ...at }), draw("circle", { r: 4.6, ...at }));
     ring.setAttribute("aria-label", `bring back ${one.about}`);
+    ring.setAttribute("aria-description", "C compares with it");
+    ring.setAttribute("aria-keyshortcuts", "C");
     ring.classList.toggle("named", i in shown.names);
-    ring.onclick = () => choose(i);
-    ring.onpointerenter = ring.onfocus = () => tell(panel, at, [one.about], "a click brings it back");
+    ring.onclick = (event) => (event.shiftKey ? compare : choose)(i);
+    const foot = "a click brings it back, Shift and a click or C compare with it";
+    ring.onpointerenter = ring.onfocus = () => tell(panel, at, [one.about], foot);
     ring.onpointerleave = ring.onblur = () => tell(null);
     return Object.assign(ring, { at });
   });
@@ -253,6 +274,7 @@ function drawTried(panel, shown, scale, choose, tell) {
     const next = { ArrowRight: place + 1, ArrowLeft: place - 1, Home: 0, End: last }[event.key];
     if (next !== undefined) rings[Math.max(0, Math.min(last, next))].focus();
     else if (event.key === "Enter" || event.key === " ") choose(place);
+    else if (event.key.toLowerCase() === "c" && !event.ctrlKey && !event.metaKey) compare(place);
     else return;
     event.preventDefault();
   };
@@ -269,7 +291,7 @@ function drawTried(panel, shown, scale, choose, tell) {
 }
 
 // The tensors that are alive at a place, the largest first, in words.
-function aliveAt(line, place, categories) {
+function aliveAt(line, place, { categories, texts }) {
   const found = [];
   for (let i = 0; i < line.bytes.length; i++)
     if (line.from[i] <= place && place < line.to[i]) found.push(i);
@@ -277,7 +299,7 @@ function aliveAt(line, place, categories) {
   const sum = (list) => bytes(list.reduce((all, i) => all + line.bytes[i], 0));
   const words = found.slice(0, LISTED).map((i) => {
     const kind = categories[line.category[i]].replace("_", " ");
-    return `${bytes(line.bytes[i])}  ${kind} ${line.shapes[line.shape[i]]} ${line.makers[line.maker[i]]}`;
+    return `${bytes(line.bytes[i])}  ${kind} ${texts[line.shape[i]]} ${texts[line.maker[i]]}`;
   });
   const rest = found.slice(LISTED);
   if (rest.length) words.push(`${sum(rest)}  in ${rest.length} more`);
@@ -288,13 +310,13 @@ function aliveAt(line, place, categories) {
 }
 
 // Hovering and keys move a cursor along a timeline; a click or Enter pins it.
-function inspectable(panel, tell, categories) {
+function inspectable(panel, tell, shown) {
   const show = (place) => {
     panel.at = Math.max(0, Math.min(panel.view.line.length - 1, place));
     const x = panel.view.x(panel.at + 0.5), cursor = panel.querySelector(".cursor");
     for (const end of ["x1", "x2"]) cursor.setAttribute(end, x);
     cursor.setAttribute("visibility", "visible");
-    const words = aliveAt(panel.view.line, panel.at, categories());
+    const words = aliveAt(panel.view.line, panel.at, shown());
     tell(panel, { cx: x, cy: TOP }, words, panel.pinned ? "pinned: click again to let go" : "");
   };
   const hide = () => {
@@ -352,10 +374,16 @@ function render({ model, el }) {
   note.className = "note";
   note.setAttribute("aria-live", "polite"); // it is read aloud as the keys move
   note.hidden = true;
-  grid.append(...Object.values(panels), note);
+  const button = (kind, words, work) => {
+    const look = { className: `choice ${kind}`, textContent: words, onclick: work, hidden: true };
+    return Object.assign(document.createElement("button"), look);
+  };
+  const keep = button("after", "compare with this", () => compare(shown.now));
+  const back = button("before", "compare with none", () => compare(shown.none));
+  grid.append(...Object.values(panels), back, keep, note);
   grid.dataset.lmSuppressShortcuts = "true"; // JupyterLab leaves the keys to the picture
   el.replaceChildren(grid);
-  const shown = () => model.get("shown");
+  let shown = {};
 
   const tell = (panel, at, lines, foot) => {
     note.hidden = !panel;
@@ -371,11 +399,25 @@ function render({ model, el }) {
     note.style.top = `${Math.max(0, Math.min(lowest, y))}px`;
   };
   const choose = (place) => model.send({ bring_back: place });
-  for (const name of ["before", "after"]) inspectable(panels[name], tell, () => shown().categories);
+  const compare = (place) => model.send({ compare: place });
+  for (const name of ["before", "after"]) inspectable(panels[name], tell, () => shown);
 
-  let drawn = [];
+  let drawn = [], lines = [], latest = 0;
+  const packed = {}, unpacked = {}; // by name; what has not changed is kept
+  const take = async (name) => {
+    const sent = model.get(name);
+    if (packed[name] !== sent) [packed[name], unpacked[name]] = [sent, unpack(sent)];
+    return unpacked[name];
+  };
+  const show = async () => {
+    const mine = ++latest, parts = ["before", "after", "shown", "names"].map(take);
+    const [before, after, now, names] = await Promise.all(parts);
+    if (mine !== latest) return; // a later one is on its way
+    [lines, shown] = [[before, after].map(laid), { ...now, texts: names.concat(after.names) }];
+    paint();
+  };
   const paint = () => {
-    const now = shown(), lines = [model.get("before"), model.get("after")];
+    const now = shown;
     grid.hidden = !now.finding;
     panels.peaks.setAttribute("aria-label", now.finding); // also where it has no size yet
     if (!now.finding || !panels.after.room?.width) return;
@@ -392,7 +434,13 @@ function render({ model, el }) {
     drawTimeline(panels.after, lines[1], now, scale, hues);
     drawPeaks(panels.peaks, lines, now, scale, hues);
     drawTimes(panels.times, now);
-    drawTried(panels.tried, now, scale, choose, tell);
+    drawTried(panels.tried, now, scale, choose, compare, tell);
+    for (const [one, other, needless] of [[back, keep, now.compared === now.none],
+      [keep, back, now.compared === now.now]]) {
+      const focused = one === document.activeElement;
+      one.hidden = needless;
+      if (focused && needless) other.focus();
+    }
     for (const name of ["before", "after"]) panels[name].again();
   };
   const sizes = new ResizeObserver((entries) => {
@@ -400,13 +448,14 @@ function render({ model, el }) {
     paint();
   });
   for (const panel of Object.values(panels)) sizes.observe(panel);
-  const take = (message, buffers) => {
+  const hear = (message, buffers) => {
     if ("copy" in message) copy(message.copy);
     if ("save" in message) save(message.save, buffers[0]);
   };
-  model.on("change", paint);
-  model.on("msg:custom", take);
-  return () => (sizes.disconnect(), model.off("change", paint), model.off("msg:custom", take));
+  model.on("change", show);
+  model.on("msg:custom", hear);
+  show();
+  return () => (sizes.disconnect(), model.off("change", show), model.off("msg:custom", hear));
 }
 
 export default { render };

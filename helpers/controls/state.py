@@ -17,24 +17,28 @@ from helpers.controls._bearable import (
     SizeGuard,
     bearable,
     check_bearable,
+    check_sizes,
     check_tensors,
+    random_rows,
     what_follows,
     without_data,
 )
-from helpers.controls._findings import gradients_alarm, measured_note, verified_note
-from helpers.controls.ticks import Ticks, children_of, is_flat, modules_of
+from helpers.controls._findings import cautious, measured_note, verified_note
+from helpers.controls.ticks import Ticks, inspected, is_flat
 from helpers.dry_run import meta_model
-from helpers.inspection import Inspection, inspect_model
 from helpers.measure import (
+    VERIFYING_STEPS,
     StepReport,
     measuring_plans,
     predict,
     random_numbers_kept,
+    steps_of_a_plan,
     verifying_plan,
 )
 from helpers.models import uniform_mlp
 
 REPEATS = 8
+STOPPED = "the measurement was stopped"
 
 
 def _of_the_answers(*names: str) -> list[property]:
@@ -54,6 +58,7 @@ class LabState:
         model, batch: the present ones, on meta tensors unless they were given.
         ticks: what is ticked and joined, with the inspection of the model.
         answers: what was found at the present sizes: ``tried``, ``shown`` and so on.
+        steps, stopped: how many the last measurement has, and whether it was stopped.
     """
 
     tried, measured, shown = _of_the_answers("tried", "measured", "shown")
@@ -76,6 +81,7 @@ class LabState:
         self.model, self.batch, self.ticks = None, None, Ticks()
         self.tree = self._has_depth() if tree is None else tree
         self.answers, self.guard = Answers(), SizeGuard()
+        self.steps, self.stopped, self._against = 0, False, Plan()
         self._by_key: dict[tuple, Answers] = {}  # for all sizes
 
     # What the reader sets -------------------------------------------------------------
@@ -87,20 +93,19 @@ class LabState:
             Exception: if there is no such model; nothing has changed then.
         """
         values = self.values | values
-        for name, value in values.items():
-            if isinstance(value, int) and not 1 <= value < 2**31:
-                raise ValueError(
-                    f"{name} must be a whole number from 1 up, not {value:,}"
-                )
+        check_sizes(values)
         settings = {name: values[name] for name in values if name != "batch"}
         self.guard.check(self._model, self.model, self.settings, settings)
         model = self._model(settings)
         batch = self._input(model, values.get("batch"), "meta")
         check_tensors([*model.parameters(), batch])
-        self.ticks.fit(self._inspected(model, batch))
+        how = self.options | {"device": self.device, "deep": self.tree}
+        self.ticks.fit(inspected(model, batch, self.ticks.inspection, **how))
         self.values, self.settings = values, settings
         self.model, self.batch = model, batch
         self.answers = self._by_key.setdefault(self.key, Answers())
+        if not set(self.against.names) <= set(self.ticks.inspection.layers):
+            self._against = Plan()
 
     @property
     def key(self) -> tuple:
@@ -118,6 +123,16 @@ class LabState:
         with checkpointed(self.model, plan):
             self.ticks.plan = plan  # unless the segments do not fit the model
 
+    @property
+    def against(self) -> Plan:
+        """The plan that others are compared with; may be set."""
+        return self._against
+
+    @against.setter
+    def against(self, plan: Plan) -> None:
+        with checkpointed(self.model, plan):
+            self._against = plan
+
     def _model(self, settings: dict[str, object]) -> nn.Module:
         if isinstance(self.factory, nn.Module):
             return self.factory
@@ -130,27 +145,10 @@ class LabState:
         except Exception:
             return False  # which making it again will say
 
-    def _inspected(self, model: nn.Module, batch: object) -> Inspection:
-        """Find what can be ticked; by a look alone where no step has been imagined."""
-        if not self.tree:
-            return children_of(model)
-        try:
-            return inspect_model(model, batch, device=self.device, **self.options)
-        except Exception:
-            found = modules_of(model)
-            if self.ticks.inspection.report is not None or not found.layers:
-                raise
-            return found
-
     def _input(self, model: nn.Module, rows: int | None, device: str) -> object:
         """Make the batch on a device: random rows, or what was given."""
         given = self._given_batch
-        if not isinstance(given, int):
-            return given
-        linear = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
-        if linear is None:
-            raise ValueError("give a tensor as batch: this model has no Linear layer")
-        return torch.randn(rows, linear.in_features, device=device)
+        return random_rows(model, rows, device) if isinstance(given, int) else given
 
     # The answer -----------------------------------------------------------------------
 
@@ -158,11 +156,11 @@ class LabState:
         """Predict what is ticked; a plan that cannot be predicted is not shown."""
         if self.model is None:
             self.set()  # which says why there is none
-        plan = self.plan
-        for wanted in (Plan(), plan):
+        plan, self.stopped = self.plan, False
+        for wanted in (Plan(), self.against, plan):
             if wanted not in self.tried:
                 self.tried[wanted] = self._predicted(wanted, self.device)
-        self.answers.shown = plan
+        self.answers.shown, self.answers.against = plan, self.against
 
     def _predicted(self, plan: Plan, device: str) -> StepReport:
         try:
@@ -185,25 +183,24 @@ class LabState:
     @property
     def note(self) -> str:
         """Where the numbers come from, and what becomes of the measurement."""
-        if self.shown not in self.measured:
-            follows = self.lacks or what_follows(self.tried[self.shown])
+        both, stopped = self.answers.together, STOPPED if self.stopped else ""
+        if not both and self.shown not in self.measured:
+            follows = stopped or self.lacks or what_follows(self.tried[self.shown])
             on = f" on {self.options['gpu']}" if "gpu" in self.options else ""
             return f"predicted for a {self.device.upper()} step{on}; {follows}"
-        report, base = self.measured[self.shown]
+        base, report = both or self.measured[self.shown][:1] * 2
         own = predicted = self.tried[self.shown]
         if report.peak_bytes != predicted.peak_bytes:
             own = self._predicted(self.shown, report.device)
         verified = verified_note(self.answers.verified.get(self.shown))
-        return measured_note(report, base, predicted, own) + verified
+        note = measured_note(report, base, predicted, own) + verified
+        return f"{note}; {stopped}".removesuffix("; ")
 
     @property
     def caution(self) -> str:
         """What is wrong with the plan, or not safe as far as the model is known."""
-        alarm = gradients_alarm(self.answers.verified.get(self.shown))
         found = self.ticks.inspection.hazards_of(self.shown)
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        said = [*filter(None, [alarm]), *(f"{one}{more}" for one in found[:1])]
-        return f". Careful: {'; '.join(said)}" if said else ""
+        return cautious(self.answers.verified.get(self.shown), found)
 
     # The measurement ------------------------------------------------------------------
 
@@ -215,12 +212,12 @@ class LabState:
     @property
     def measured_unasked(self) -> bool:
         """Whether the measurement of what is shown follows by itself."""
-        if self.lacks or self.shown in self.measured:
+        if self.lacks or self.answers.together:
             return False
         return bearable(self.tried[self.shown], AUTO_FLOPS)
 
     def measuring(self) -> Generator[None, None, None]:
-        """Measure what is ticked beside no checkpointing, a training step a turn.
+        """Measure what is ticked beside what it is compared with, a step a turn.
 
         Then see whether its gradients are as without. It need not be predictable.
         """
@@ -239,11 +236,14 @@ class LabState:
             if not isinstance(model, nn.Module):
                 model = self.factory(**self.settings)
             batch = self._input(model, self.values.get("batch"), device)
-        plans = [plan, Plan()] if plan.segments else [plan]
+        compared = [one for one in (plan, self.against) if one.segments]
+        plans = [*dict.fromkeys(compared), Plan()]
         how = {n: v for n, v in self.options.items() if n != "gpu"} | {"device": device}
+        self.steps = len(plans) * steps_of_a_plan(device, REPEATS)
+        self.steps += VERIFYING_STEPS * bool(plan.segments)
         reports = yield from measuring_plans(
             model, batch, plans, repeats=REPEATS, **how
         )
         if plan.segments:
             verified = yield from verifying_plan(model, batch, plan, **how)
-        self.answers.take(reports, verified)
+        self.answers.take(plan, reports, verified)

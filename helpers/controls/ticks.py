@@ -11,7 +11,7 @@ from helpers.checkpointing import (
     listed_after,
     segments_of,
 )
-from helpers.inspection import Inspection, Layer
+from helpers.inspection import Inspection, Layer, inspect_model
 
 
 class Children(Inspection):
@@ -29,6 +29,24 @@ def children_of(model: nn.Module) -> Children:
             "this model has no layers to tick: none of its children has parameters"
         )
     return _seen(model, names, Children)
+
+
+def inspected(
+    model: nn.Module, batch: object, before: Inspection, deep: bool, **options
+) -> Inspection:
+    """Find what can be ticked: the model's own layers, or modules at any depth.
+
+    By a look alone where no step can be imagined, nor could be ``before``.
+    """
+    if not deep:
+        return children_of(model)
+    try:
+        return inspect_model(model, batch, **options)
+    except Exception:
+        found = modules_of(model)
+        if before.report is not None or not found.layers:
+            raise
+        return found
 
 
 def modules_of(model: nn.Module) -> Inspection:

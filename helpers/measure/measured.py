@@ -201,6 +201,12 @@ def _steps(
     ]
 
 
+def steps_of_a_plan(device: str, repeats: int = 10, warmup: int = 2) -> int:
+    """Count the steps that ``measuring_plans`` runs for each plan."""
+    on_gpu = device == "cuda"
+    return max(1 + on_gpu, warmup) + on_gpu + 1 + repeats
+
+
 class Run:
     """The steps of a measurement, one for each ``next`` of its generators."""
 

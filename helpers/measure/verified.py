@@ -20,6 +20,7 @@ from helpers.measure.step import Loss, Step
 from helpers.timeline import local, tensors_in
 
 Tensors = dict[str, torch.Tensor]
+VERIFYING_STEPS = 3  # without the plan, with it, and once more without
 ROOM = 4  # how many times its own spread a step may differ that never equals itself
 
 

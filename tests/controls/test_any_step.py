@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from helpers.checkpointing import Plan
-from helpers.controls import BudgetLab, LabState, LayerLab
+from helpers.controls import BudgetLab, LabState, LayerLab, state, ticks
 from helpers.measure import predict
 from helpers.models import MLP, uniform_mlp
 from helpers.models.architectures import GPT, ResNet
@@ -357,10 +357,8 @@ def interrupts(monkeypatch) -> set[str]:
     """Name what the next call of is interrupted."""
     waiting: set[str] = set()
 
-    def interruptible(name: str):
-        import helpers.controls.state as state
-
-        real = getattr(state, name)
+    def interruptible(name: str, owner=state):
+        real = getattr(owner, name)
 
         def call(*args, **kwargs):
             if name in waiting:
@@ -368,10 +366,11 @@ def interrupts(monkeypatch) -> set[str]:
                 raise KeyboardInterrupt
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(state, name, call)
+        monkeypatch.setattr(owner, name, call)
 
-    for name in ("predict", "inspect_model", "meta_model"):
-        interruptible(name)
+    interruptible("predict")
+    interruptible("meta_model")
+    interruptible("inspect_model", ticks)
     return waiting
 
 

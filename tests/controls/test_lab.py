@@ -8,6 +8,7 @@ import json
 import random
 import re
 import threading
+import zlib
 
 import ipywidgets as widgets
 import pytest
@@ -143,8 +144,10 @@ def test_the_browser_can_draw_the_timeline_from_what_it_gets():
     ):
         timeline = report.timeline
         rows = {name: [0] * (line["length"] + 1) for name in CATEGORIES}
-        columns = (line[name] for name in ("bytes", "from", "to", "category"))
-        for n_bytes, start, end, category in zip(*columns, strict=True):
+        columns = (line[name] for name in ("bytes", "gaps", "lasts", "category"))
+        start = 0
+        for n_bytes, gap, places, category in zip(*columns, strict=True):
+            start, end = start + gap, start + gap + places
             rows[CATEGORIES[category]][start] += n_bytes
             rows[CATEGORIES[category]][end] -= n_bytes
         levels = {name: [*itertools.accumulate(row)][:-1] for name, row in rows.items()}
@@ -158,23 +161,44 @@ def test_the_browser_can_draw_the_timeline_from_what_it_gets():
 
 def test_every_tensor_says_what_made_it():
     lab = small_lab()
-    line = lab.picture.before
+    line, names = lab.picture.before, lab.picture.names
     said = {
-        (CATEGORIES[kind], line["shapes"][shape], line["makers"][maker])
+        (CATEGORIES[kind], names[shape], names[maker])
         for kind, shape, maker in zip(
-            line["category"], line["shape"], line["maker"], strict=True
+            line["category"],
+            line["shape"],
+            itertools.accumulate(line["makers"]),
+            strict=True,
         )
     }
     assert ("parameter", "64 × 64", "from before the step") in said
     assert ("activation", "256 × 64", "by gelu in layer1.1") in said
 
 
-def test_a_flip_sends_some_kilobytes_and_the_plain_step_only_once():
-    lab, sent = LayerLab(batch=8192), []
-    lab.picture.observe(lambda change: sent.append(change.name), ["before", "after"])
-    lab.boxes["layer2"].value = True
-    assert sent == ["after"]
-    assert len(json.dumps([lab.picture.after, lab.picture.shown])) < 8000
+@pytest.mark.parametrize(
+    ("make", "name", "most_bytes"),
+    [
+        (lambda: LayerLab(DocsMLP, 8192), "layer2", 800),
+        (lambda: LayerLab(batch=8192, settings={"depth": 16}), "layer2", 1_500),
+        (lambda: gpt_lab(blocks=96), "blocks.3", 12_000),
+    ],
+    ids=["the docs' MLP", "16 layers", "96 blocks"],
+)
+def test_a_flip_sends_few_bytes_and_the_plain_step_and_names_only_once(
+    make, name, most_bytes
+):
+    lab = make()
+    told = {*lab.picture.keys} - {"layout"}  # all that the browser knows
+    lab.boxes[name].value, sent = True, []
+    lab.boxes[name].value = False
+    lab.picture.observe(lambda change: sent.append(change.name), told)
+    lab.boxes[name].value = True
+    assert {*sent} <= {"after", "shown"}
+    state = lab.picture.get_state(["after", "shown"])
+    assert sum(map(len, state.values())) < most_bytes
+    for key, data in state.items():
+        known = json.loads(json.dumps(getattr(lab.picture, key)))
+        assert json.loads(zlib.decompress(data)) == known
 
 
 def test_the_picture_does_not_depend_on_what_was_drawn_before():
