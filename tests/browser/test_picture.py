@@ -3,6 +3,8 @@
 It is looked at as narrow and as large as readers have it, in both themes.
 """
 
+import re
+
 import pytest
 import torch
 from playwright.sync_api import Page, expect
@@ -39,6 +41,10 @@ def page(browser, url) -> Page:
     page.evaluate("() => jupyterapp.commands.execute('application:toggle-left-area')")
     run_all(page)
     expect(Panel(page, 2).image).to_be_visible()
+    compared = Panel(page, 1)
+    compared.button("pieces").click()
+    compared.wait_for(finding(*reports(PAIRS)))
+    compared.button("compare with this").click()
     return page
 
 
@@ -128,6 +134,73 @@ def test_a_ring_names_its_plan_and_brings_it_back(panel):
     assert panel.plan() == Plan()
 
 
+# Comparing ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ringed(panel) -> Panel:
+    """Show layer 3 alone, after PAIRS."""
+    panel.button("pieces").click()
+    panel.wait_for(finding(*reports(PAIRS)))
+    panel.button("none").click()
+    panel.wait_for(finding(*reports(Plan())))
+    panel.box("layer3").click()
+    panel.wait_for(finding(*reports(Plan.alone(["layer3"]))))
+    return panel
+
+
+def against(plan: Plan, shown: Plan) -> str:
+    return finding(reports(plan)[1], reports(shown)[1])
+
+
+def ring(panel: Panel, plan: Plan, other: Plan = Plan()):
+    name = f"bring back {against(other, plan)}"
+    return panel.picture.get_by_role("button", name=name, exact=True)
+
+
+def by_shift(panel: Panel) -> None:
+    ring(panel, PAIRS).click(modifiers=["Shift"])
+
+
+def by_key(panel: Panel) -> None:
+    ring(panel, PAIRS).focus()
+    expect(note(panel)).to_contain_text("Shift and a click or C compare with it")
+    panel.page.keyboard.press("c")
+
+
+def by_button(panel: Panel) -> None:
+    ring(panel, PAIRS).click()
+    panel.wait_for(finding(*reports(PAIRS)))
+    panel.button("compare with this").focus()
+    panel.page.keyboard.press("Enter")
+    expect(panel.button("compare with none")).to_be_focused()
+    panel.box("layer3").click()  # which parts the pair that it is in
+    ring(panel, Plan.alone(["layer3"]), PAIRS).click()
+
+
+@pytest.mark.parametrize("choose", [by_shift, by_key, by_button])
+def test_a_plan_that_was_tried_can_be_the_one_to_compare_with(ringed, choose):
+    panel, plan, cells = ringed, Plan.alone(["layer3"]), ".jp-Cell"
+    count = panel.page.locator(cells).count()
+    expect(panel.button("compare with none")).to_be_hidden()
+    choose(panel)
+    panel.wait_for(against(PAIRS, plan))
+    assert panel.plan() == plan
+    title = "other plan: layers 1–2, 3–4, 5–6, 7–8 as segments; 9 alone"
+    peak = format_bytes(reports(PAIRS)[1].peak_bytes)
+    expect(panel.timeline(title)).to_have_accessible_name(re.compile(f"peak {peak}"))
+    expect(panel.picture.locator(".before .strong")).to_have_text(f"peak {peak}")
+    for part in ("peaks", "times"):
+        expect(panel.picture.locator(f".{part}")).to_contain_text("other")
+    panel.box("layer4").click()
+    panel.wait_for(against(PAIRS, Plan.alone(["layer3", "layer4"])))
+    assert panel.page.locator(cells).count() == count
+    panel.button("compare with none").click()
+    panel.wait_for(finding(*reports(Plan.alone(["layer3", "layer4"]))))
+    expect(panel.timeline("no checkpointing")).to_be_visible()
+    expect(panel.button("compare with none")).to_be_hidden()
+
+
 # How it looks ------------------------------------------------------------------------
 
 
@@ -145,8 +218,9 @@ def themed(request, page) -> Page:
 def sized(request, themed) -> Page:
     themed.mouse.move(0, 0)
     themed.set_viewport_size({"width": request.param, "height": 1000})
-    for number in (0, 1):
-        Panel(themed, number).button("pieces").click()
+    Panel(themed, 0).button("pieces").click()
+    Panel(themed, 1).button("each alone").click()
+    expect(Panel(themed, 1).status).to_contain_text(", against layers 1–2")
     themed.wait_for_timeout(500)  # for the layout, and for colours to fade over
     return themed
 
