@@ -66,11 +66,13 @@ def what_follows(report: StepReport) -> str:
     return f"{format_flops(step_flops(report))} are too much to measure on this CPU"
 
 
-def check_sizes(values: Mapping[str, object]) -> None:
+def check_sizes(values: Mapping[str, object], now: Mapping[str, object]) -> None:
     """Raise ValueError where a size is no number of layers, rows and so on."""
     for name, value in values.items():
-        if isinstance(value, int) and not 1 <= value < 2**31:
-            raise ValueError(f"{name} must be a whole number from 1 up, not {value:,}")
+        if isinstance(now[name], int):
+            if not isinstance(value, int) or not 1 <= value < 2**31:
+                words = f"{name} must be a whole number from 1 up, not {value:,}"
+                raise ValueError(words)
 
 
 def check_tensors(things: object) -> None:

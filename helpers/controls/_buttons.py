@@ -39,14 +39,28 @@ class Shortcuts(widgets.VBox):
         super().__init__(rows, layout={"margin": "4px 0"})
 
 
-def folded(
-    step: widgets.Widget, along: Mapping[str, Callable[[], None]]
-) -> widgets.Accordion:
-    """Fold away what is not always needed: the step, and what can be taken along."""
-    buttons = []
-    for text, work in along.items():
-        buttons.append(widgets.Button(description=text, layout=WIDE))
-        buttons[-1].on_click(lambda _, work=work: work())
-    pages, titles = [step, widgets.VBox(buttons)], ["Step and card", "Take it along"]
-    made = widgets.Accordion(pages, titles=titles, selected_index=None)
-    return made.add_class("layer-lab-folded")
+def buttons(work: Mapping[str, Callable[[], None]]) -> widgets.VBox:
+    """Make a button for each work, below each other."""
+    made = []
+    for text, do in work.items():
+        made.append(widgets.Button(description=text, layout=WIDE))
+        made[-1].on_click(lambda _, do=do: do())
+    return widgets.VBox(made)
+
+
+def folded(pages: Mapping[str, widgets.Widget]) -> widgets.VBox:
+    """Fold away what is not always needed; keys unfold it, unlike an Accordion."""
+    parts = []
+    for title, page in pages.items():
+        shown = widgets.ToggleButton(description=title, layout=WIDE)
+        shown.observe(lambda change, page=page: _unfold(page, **change), "value")
+        _unfold(page, shown, False)
+        parts += [shown, page]
+    return widgets.VBox(parts, layout={"margin": "4px 0"})
+
+
+def _unfold(
+    page: widgets.Widget, owner: widgets.ToggleButton, new: bool, **_: object
+) -> None:
+    page.layout.display = "" if new else "none"
+    owner.icon = f"caret-{'down' if new else 'right'}"

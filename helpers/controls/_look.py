@@ -12,16 +12,23 @@ WIDE = {"width": "216px"}  # of what stands in a row of its own
 
 
 def control(name: str, value: object) -> widgets.Widget:
-    """Make what a size of the model is changed with."""
+    """Make what a size of the model is changed with.
+
+    Not IntText, which leaves out what is no digit: 1e9 would be 19, and 3.7 be 37.
+    """
     look = {"value": value, "description": name, "tooltip": name, "layout": WIDE}
     if value in ACTIVATIONS:
         made = widgets.Dropdown(options=list(ACTIVATIONS), **look)
-    elif isinstance(value, float):
-        made = widgets.FloatText(step=0.1, **look)
     else:
-        made = widgets.IntText(**look)
+        made = widgets.FloatText(step=0.1 if isinstance(value, float) else 1, **look)
     made.style.description_width = "76px"
     return made
+
+
+def taken(value: object, before: object) -> object:
+    """Take a control's value as the kind of number that it was before, if it is one."""
+    whole = isinstance(before, int) and isinstance(value, float) and value % 1 == 0
+    return int(value) if whole and abs(value) < 2**53 else value
 
 
 def sentence(error: BaseException) -> str:

@@ -41,7 +41,8 @@ class StepFields(widgets.VBox):
         self.precision = self._choice("precision", PRECISIONS, autocast)
         self.card = self._choice("card", cards, None)
         look = {"description": "my GPU, GiB", "tooltip": "my GPU has so many GiB"}
-        self.memory = widgets.FloatText(0, step=1, layout=WIDE, **look)
+        look |= {"min": 0, "max": 10**6, "step": 1, "layout": WIDE}
+        self.memory = widgets.BoundedFloatText(0, **look)
         self._options = {"optimizer": self.optimizer, "autocast": self.precision}
         self._options["gpu"] = self.card
         fields = [*self._options.values(), self.memory]
@@ -79,9 +80,9 @@ class StepFields(widgets.VBox):
 
         Counted as the allocator does, workspace included.
         """
-        has_bytes = round(self.memory.value * GIB)
-        if has_bytes <= 0:
+        if not self.memory.value > 0:
             return None
+        has_bytes = round(self.memory.value * GIB)
         spare = has_bytes - report.needed_bytes
         fits = f"{_gib(spare)} to spare" if spare >= 0 else f"{_gib(-spare)} too little"
         label = f"my GPU, {_gib(has_bytes)}: {fits}"

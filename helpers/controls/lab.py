@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from helpers.checkpointing import Plan
-from helpers.controls._buttons import Shortcuts, folded
+from helpers.controls._buttons import Shortcuts, buttons, folded
 from helpers.controls._findings import describe
 from helpers.controls._idle import IdleWork
 from helpers.controls._look import (
@@ -29,6 +29,7 @@ from helpers.controls._look import (
     progress,
     sentence,
     status,
+    taken,
 )
 from helpers.controls._picture import Picture
 from helpers.controls._recorded import RecordedChoice
@@ -164,14 +165,15 @@ class LayerLab(widgets.HBox):
     def _arranged(self) -> list[widgets.Widget]:
         shortcuts = Shortcuts(self.state.ticks.pieces, self._apply)
         self.shortcuts, self.piece = shortcuts.buttons, shortcuts.piece
-        taken = {
+        work = {
             "Copy code": lambda: self.picture.copy(self.plan.code(self.state.model)),
             "Copy plan": lambda: self.picture.copy(repr(self.plan)),
             "Save picture": self.picture.save,
         }
-        along = {text: partial(self.guarded, work) for text, work in taken.items()}
+        along = buttons({text: partial(self.guarded, do) for text, do in work.items()})
+        pages = {"Step and card": self.step, "Take it along": along}
         left = [*self.controls.values(), shortcuts, self.rows, self.measure_button]
-        controls = widgets.VBox([*left, self.recorded, folded(self.step, along)])
+        controls = widgets.VBox([*left, self.recorded, folded(pages)])
         below = [self.readout, self.progress]
         shown = widgets.VBox([self.picture, *below], layout=ROOMY)
         return [controls.add_class("layer-lab-controls"), shown]
@@ -201,7 +203,8 @@ class LayerLab(widgets.HBox):
         self._built = True
 
     def _fields(self) -> dict[str, object]:
-        return {name: one.value for name, one in self.controls.items()}
+        now = self.state.values
+        return {name: taken(it.value, now[name]) for name, it in self.controls.items()}
 
     def _write_fields(self, values: dict[str, object]) -> None:
         for name, one in self.controls.items():

@@ -346,14 +346,17 @@ function inspectable(panel, tell, shown) {
   panel.again = () => panel.pinned && show(panel.at);
 }
 
-// A page that is not secure has no clipboard, but can copy what is selected.
-function copy(words) {
-  if (navigator.clipboard) return navigator.clipboard.writeText(words);
-  const field = Object.assign(document.createElement("textarea"), { value: words });
-  document.body.append(field);
-  field.select();
-  document.execCommand("copy");
-  field.remove();
+// A page that is not secure, or not trusted, can still copy what is selected.
+async function copy(words) {
+  try {
+    await navigator.clipboard.writeText(words);
+  } catch {
+    const field = Object.assign(document.createElement("textarea"), { value: words });
+    document.body.append(field);
+    field.select();
+    document.execCommand("copy");
+    field.remove();
+  }
 }
 
 function save(name, data) {

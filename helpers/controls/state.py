@@ -93,7 +93,7 @@ class LabState:
             Exception: if there is no such model; nothing has changed then.
         """
         values = self.values | values
-        check_sizes(values)
+        check_sizes(values, self.values)
         settings = {name: values[name] for name in values if name != "batch"}
         self.guard.check(self._model, self.model, self.settings, settings)
         model = self._model(settings)
