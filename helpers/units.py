@@ -16,12 +16,13 @@ def round_to_block(n_bytes: int) -> int:
 
 
 def format_bytes(n_bytes: int, signed: bool = False) -> str:
-    """Format bytes in binary units: 512 B, 1.5 KiB, 384.4 MiB, 1.2 GiB."""
+    """Format bytes in binary units: 512 B, 1.5 KiB, 384.4 MiB, 1.21 GiB."""
     sign = "−" if n_bytes < 0 else "+" if signed and n_bytes > 0 else ""
     value = abs(n_bytes)
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if round(value / size, 4) >= 1:  # 1,023.96 MiB is written as 1.0 GiB
-            return f"{sign}{value / size:,.1f} {unit}"
+        if round(value / size, 4) >= 1:  # 1,023.96 MiB is written as 1.00 GiB
+            digits = 2 if unit == "GiB" else 1
+            return f"{sign}{value / size:,.{digits}f} {unit}"
     return f"{sign}{value:,} B"
 
 

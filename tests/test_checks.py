@@ -128,7 +128,7 @@ def test_the_answer_comes_at_the_third_wrong_number(check, right, wrong, printed
         (
             Plan.alone(["layer1"]),
             {"at_most_bytes": 2**30},
-            "correct: peak 32.1 MiB, target at most 1.0 GiB",
+            "correct: peak 32.1 MiB, target at most 1.00 GiB",
         ),
         (
             Plan(),
@@ -139,7 +139,7 @@ def test_the_answer_comes_at_the_third_wrong_number(check, right, wrong, printed
         (
             Plan((("layer1", "layer2"),)),
             {"at_most_bytes": 2**30, "at_most_recompute_flops": 0},
-            "not yet: peak 32.1 MiB, target at most 1.0 GiB; "
+            "not yet: peak 32.1 MiB, target at most 1.00 GiB; "
             "recompute 16.8 MFLOP, target at most 0 FLOP, 16.8 MFLOP too much",
         ),
         (

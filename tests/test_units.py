@@ -37,8 +37,8 @@ def test_blocks_are_whole_512_bytes(n_bytes, rounded):
         (17_141_248, "16.3 MiB"),
         (1000 * MIB, "1,000.0 MiB"),
         (MIB - 1, "1.0 MiB"),  # and not 1,024.0 KiB
-        (1024 * MIB - 1, "1.0 GiB"),
-        (2**40, "1,024.0 GiB"),  # there is no larger unit
+        (1024 * MIB - 1, "1.00 GiB"),
+        (2**40, "1,024.00 GiB"),  # there is no larger unit
         (-3 * MIB, "−3.0 MiB"),
         (-5, "−5 B"),
     ],

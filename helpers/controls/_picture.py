@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-import anywidget
 import traitlets
 
 from helpers.checkpointing import Plan
@@ -23,6 +22,12 @@ from helpers.measure import StepReport
 from helpers.plots import COLORS, extra_work, peak_cause, running
 from helpers.timeline import CATEGORIES, Allocation
 from helpers.units import format_change, format_ms
+
+try:
+    import anywidget
+except ModuleNotFoundError as error:
+    words = "the labs need anywidget in the kernel's environment: pip install anywidget"
+    raise ModuleNotFoundError(words) from error
 
 
 def packed(value: object, _: object = None) -> bytes:

@@ -84,10 +84,8 @@ class StepFields(widgets.VBox):
             return None
         has_bytes = round(self.memory.value * GIB)
         spare = has_bytes - report.needed_bytes
-        fits = f"{_gib(spare)} to spare" if spare >= 0 else f"{_gib(-spare)} too little"
-        label = f"my GPU, {_gib(has_bytes)}: {fits}"
+        fits = (
+            f"{format_bytes(abs(spare))} {'to spare' if spare >= 0 else 'too little'}"
+        )
+        label = f"my GPU, {format_bytes(has_bytes)}: {fits}"
         return {"bytes": has_bytes, "over": spare < 0, "label": label}
-
-
-def _gib(n_bytes: int) -> str:
-    return f"{n_bytes / GIB:,.2f} GiB" if n_bytes >= GIB else format_bytes(n_bytes)

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import functools
 import random
+import re
 
 import pytest
 import torch
@@ -312,3 +313,26 @@ def test_only_modules_that_have_a_box_are_planned():
     ticked = {name for *_, plan in panel.front for name in plan.names}
     assert ticked and ticked <= {*panel.boxes}
     assert panel.front[0][0] > BudgetLab(UNet, pictures).front[0][0]
+
+
+def test_above_a_gibibyte_everything_says_two_decimals():
+    """A tenth of a GiB would hide what a box does."""
+    panel = BudgetLab(batch=65_536, settings={"depth": 8, "width": 1024})
+    panel.lab.step.memory.value = 3.5
+    panel.least.click()
+    panel.lab.against = panel.plan
+    panel.boxes["layer3"].value = not panel.boxes["layer3"].value
+    texts = [panel.readout.value, panel.verdict.value, panel.least.description]
+    texts += [row.kept.value for row in panel.rows.children]
+    texts += [str(panel.picture.shown), str(panel.picture.before)]
+    texts += [panel._repr_mimebundle_()["text/plain"]]
+    panel.controls["batch"].value = 10**9
+    texts += [panel.readout.value]
+    panel.field.value = 1.0
+    texts += [panel.verdict.value]
+    found = [re.findall(r"[\d,]+(?:\.\d*)? GiB", text) for text in texts]
+    assert all(found[0]) and found[1] and found[2] and found[-1]
+    odd = [
+        one for some in found for one in some if not re.fullmatch(r".+\.\d\d GiB", one)
+    ]
+    assert sum(map(len, found)) > 10 and not odd

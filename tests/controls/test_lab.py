@@ -277,8 +277,8 @@ def test_a_wrong_setting_is_said_and_taken_back(control, value, reason):
         ("depth", 10**6, "makes some 3,000,002 modules, and a lab takes 100,000"),
         ("depth", 10**9, "makes some 3,000,000,002 modules, and a lab takes 100,000"),
         ("depth", -1, "depth must be a whole number from 1 up, not -1"),
-        ("width", 10**6, "one tensor of this size takes 3,725.3 GiB, and a lab takes"),
-        ("batch", 2 * 10**9, "one tensor of this size takes 14,901.2 GiB"),
+        ("width", 10**6, "one tensor of this size takes 3,725.29 GiB, and a lab takes"),
+        ("batch", 2 * 10**9, "one tensor of this size takes 14,901.16 GiB"),
         ("batch", 2**31, "batch must be a whole number from 1 up"),
     ],
 )
