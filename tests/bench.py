@@ -5,6 +5,7 @@ conditions; the ratio is that of the medians.
 """
 
 import dataclasses
+import json
 import random
 import statistics
 import tempfile
@@ -22,7 +23,7 @@ from helpers.checkpointing import Plan
 from helpers.controls import LayerLab, state
 from helpers.dry_run import meta_model
 from helpers.measure import measure_plans, predict, training_step
-from helpers.models import DocsMLP, uniform_mlp
+from helpers.models import GPT, DocsMLP, uniform_mlp
 from helpers.planner import Chain, best_plan, least_peak_bytes, pareto
 from helpers.timeline import record_timeline
 from tests.browser import page as browser
@@ -95,6 +96,21 @@ def flip_in_the_kernel(runs: int = 60) -> None:
         show(f"  of which {name}", [part[name] for part in parts])
     rest = [ms - sum(part.values()) for ms, part in zip(samples, parts, strict=True)]
     show("  of which the rest", rest)
+
+
+def flip_sends() -> None:
+    """Count the bytes that a flip sends for the picture: its numbers, and no names."""
+    gpt, ids = GPT(96, 64, vocabulary=100, context=64), torch.randint(100, (2, 64))
+    for name, lab, box in (
+        ("the docs' MLP", LayerLab(DocsMLP, 8192), "layer2"),
+        ("16 layers", LayerLab(settings={"depth": 16}), "layer2"),
+        ("a GPT of 96 blocks", LayerLab(gpt, ids), "blocks.3"),
+    ):
+        lab.boxes[box].value = True
+        sent = lab.picture.get_state(["after", "shown"]).values()
+        plain = (one if isinstance(one, bytes) else json.dumps(one) for one in sent)
+        kilobytes = sum(map(len, plain)) / 1000
+        print(f"{f'a flip sends, {name}':<46}{kilobytes:9.1f} kB{'':<32}some kB")
 
 
 def flip_in_the_browser(runs: int = 40) -> None:
@@ -264,6 +280,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     print(f"{'':<46}{'   median (quartiles, runs)':<44}target")
     flip_in_the_kernel()
+    flip_sends()
     flip_in_the_browser()
     predict_against_memtracker()
     timeline_overhead()

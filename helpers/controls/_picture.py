@@ -29,10 +29,16 @@ except ModuleNotFoundError as error:
     words = "the labs need anywidget in the kernel's environment: pip install anywidget"
     raise ModuleNotFoundError(words) from error
 
+PACKED_FROM_BYTES = 8_192
 
-def packed(value: object, _: object = None) -> bytes:
-    """Pack what goes to the browser: a large model's timeline repeats itself."""
-    return zlib.compress(json.dumps(value, separators=(",", ":")).encode(), 1)
+
+def packed(value: object, _: object = None) -> object:
+    """Pack what goes to the browser, where it is large: it repeats itself.
+
+    A browser unpacks beside its other work, which takes longer than some kB more.
+    """
+    data = json.dumps(value, separators=(",", ":")).encode()
+    return value if len(data) < PACKED_FROM_BYTES else zlib.compress(data, 1)
 
 
 class Picture(anywidget.AnyWidget):

@@ -56,8 +56,10 @@ function axes(panel, title, top, unit, bottom, taken = 0) {
   return { parts: [...parts, label], y, width, low };
 }
 
-async function unpack(packed) {
-  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
+// What is large comes packed.
+async function unpack(sent) {
+  if (!(sent instanceof DataView)) return sent;
+  const stream = new Blob([sent]).stream().pipeThrough(new DecompressionStream("deflate"));
   return new Response(stream).json();
 }
 

@@ -255,17 +255,18 @@ _COLORS_AT = """(panel, [peakPlace, peakBytes, points]) => {
   });
 }"""
 
-# What is asked of a frame runs before its paint: when the second one comes, the new
-# picture's frame is over.
+# What is asked of a frame runs before its paint: when the second one after the change
+# comes, the new picture's frame is over.
 _FLIP = """async (panel, box) => {
-  const picture = () => panel.querySelector(".layer-lab-picture .after").innerHTML;
   const frame = () => new Promise(requestAnimationFrame);
-  const before = picture(), started = performance.now();
+  const picture = panel.querySelector(".layer-lab-picture .after");
+  const changed = new Promise((resolve, reject) => {
+    new MutationObserver(resolve).observe(picture, {childList: true});
+    setTimeout(reject, 10000, Error("no other picture"));
+  });
+  const started = performance.now();
   box.click();
-  while (picture() === before) {
-    if (performance.now() - started > 10000) throw Error("no other picture");
-    await frame();
-  }
+  await changed;
   await frame();
   await frame();
   return performance.now() - started;

@@ -178,8 +178,8 @@ def test_every_tensor_says_what_made_it():
 @pytest.mark.parametrize(
     ("make", "name", "most_bytes"),
     [
-        (lambda: LayerLab(DocsMLP, 8192), "layer2", 800),
-        (lambda: LayerLab(batch=8192, settings={"depth": 16}), "layer2", 1_500),
+        (lambda: LayerLab(DocsMLP, 8192), "layer2", 2_000),
+        (lambda: LayerLab(batch=8192, settings={"depth": 16}), "layer2", 5_500),
         (lambda: gpt_lab(blocks=96), "blocks.3", 12_000),
     ],
     ids=["the docs' MLP", "16 layers", "96 blocks"],
@@ -194,11 +194,15 @@ def test_a_flip_sends_few_bytes_and_the_plain_step_and_names_only_once(
     lab.picture.observe(lambda change: sent.append(change.name), told)
     lab.boxes[name].value = True
     assert {*sent} <= {"after", "shown"}
-    state = lab.picture.get_state(["after", "shown"])
-    assert sum(map(len, state.values())) < most_bytes
-    for key, data in state.items():
-        known = json.loads(json.dumps(getattr(lab.picture, key)))
-        assert json.loads(zlib.decompress(data)) == known
+    for key, data in lab.picture.get_state(["after", "shown"]).items():
+        if isinstance(data, bytes):
+            most_bytes -= len(data)
+            data = json.loads(zlib.decompress(data))
+            assert data == json.loads(json.dumps(getattr(lab.picture, key)))
+        else:
+            most_bytes -= len(json.dumps(data))
+            assert data == getattr(lab.picture, key)
+    assert most_bytes > 0
 
 
 def test_the_picture_does_not_depend_on_what_was_drawn_before():
