@@ -188,6 +188,10 @@ class BudgetLab(widgets.HBox):
     def _find_front(self) -> None:
         """Plan for the present model; the budget stays, if there has been one."""
         state, first, self.front = self.state, self._front_of is None, []
+        seconds = sum(1 for _ in state.model.modules()) / PLANNED_A_SECOND
+        before = self.verdict.value
+        if seconds > 1:
+            self.verdict.value = status(f"planning, for some {seconds:.0f} s …")
         try:
             how = {"among": state.ticks.inspection.layers, "device": state.device}
             how |= {"tensors": True} | state.options  # as in the picture
@@ -199,6 +203,9 @@ class BudgetLab(widgets.HBox):
         except Exception as error:
             reason = f"no plan for a budget: {sentence(error)}"
             self.verdict.value = status(reason, wrong=True)
+        except KeyboardInterrupt:
+            self.verdict.value = before
+            raise
         self._front_of = state.key
         for control in (self.slider, self.field, self.least):
             control.disabled = not self.front

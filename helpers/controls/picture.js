@@ -4,7 +4,7 @@
 // every plan tried. Its colours are those of plots/_axes.py, in light and dark themes.
 
 const NS = "http://www.w3.org/2000/svg";
-const LEFT = 46, TOP = 26, LETTER = 6.1, TITLE_LETTER = 8; // margins, widths of letters
+const LEFT = 46, TOP = 26, LETTER = 6.1, TITLE_LETTER = 7.6; // margins, widths of letters
 const BUTTON = 140; // a button's width, beside a title
 const LISTED = 7; // tensors that a hover names
 

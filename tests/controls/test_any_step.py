@@ -420,8 +420,8 @@ def test_an_interrupted_front_is_found_later(monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(Planner, "front", front)
-    panel = BudgetLab(lambda: MLP(WIDTHS, "gelu"), 64)
-    assert "stopped" in said(panel) and not panel.front
+    panel = BudgetLab(lambda: MLP(WIDTHS * 3, "gelu"), 64)
+    assert "stopped" in said(panel) and not panel.front and not panel.verdict.value
     panel.boxes["layer1"].value = True
     assert len(panel.front) > 1 and not panel.slider.disabled
 

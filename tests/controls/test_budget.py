@@ -336,3 +336,14 @@ def test_above_a_gibibyte_everything_says_two_decimals():
         one for some in found for one in some if not re.fullmatch(r".+\.\d\d GiB", one)
     ]
     assert sum(map(len, found)) > 10 and not odd
+
+
+def test_planning_that_takes_longer_says_so():
+    seen, panel = [], BudgetLab(uniform_mlp, 64, {"depth": 2, "width": 16})
+    panel.verdict.observe(lambda change: seen.append(change.new), "value")
+    panel.controls["depth"].value = 12
+    assert "planning, for some 2 s …" in seen[0]
+    assert panel.budget_finding in seen[-1] != ""
+    seen.clear()
+    panel.controls["depth"].value = 2
+    assert not any("planning" in text for text in seen)

@@ -7,6 +7,8 @@ import itertools
 import json
 import random
 import re
+import subprocess
+import sys
 import threading
 import zlib
 
@@ -617,3 +619,18 @@ def test_clicks_in_a_tree_from_other_threads_are_not_lost():
     plan = Plan((("blocks.0", "blocks.1"), ("blocks.3",)))
     reports = [predict(lab.state.model, lab.state.batch, p) for p in (Plan(), plan)]
     assert lab.plan == plan and lab.finding == finding(*reports)
+
+
+def test_a_kernel_without_anywidget_is_told_what_it_lacks():
+    code = """if True:
+        import sys
+        sys.modules["anywidget"] = None
+        from helpers.controls import LabState
+        LabState(batch=8).set()
+        from helpers.controls import LayerLab"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    last = found.stderr.splitlines()[-1]
+    assert last == (
+        "ModuleNotFoundError: the labs need anywidget in the kernel's environment: "
+        "pip install anywidget"
+    )
