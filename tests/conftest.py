@@ -30,7 +30,7 @@ SLOW = """tests/browser/test_lab.py notebooks/11_many_gpus.ipynb
   tests/recording/test_published.py notebooks/13_is_it_true.ipynb
   notebooks/10_your_model.ipynb tests/test_interrupts.py
   tests/browser/test_elsewhere.py tests/test_house.py
-  tests/browser/test_use.py tests/browser/test_recorded.py""".split()
+  tests/browser/test_recorded.py""".split()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
