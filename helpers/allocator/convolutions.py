@@ -10,6 +10,7 @@ import math
 import torch
 
 from helpers.allocator.kernels import copies, of_dense_gradient
+from helpers.allocator.reductions import of_reduction
 from helpers.allocator.scratch import WORKSPACE, Gpu
 from helpers.timeline.operators import Requests
 from helpers.units import round_to_block
@@ -47,7 +48,11 @@ def of_convolution_backward(args: tuple, gpu: Gpu) -> Requests:
     n_bytes = biases * x.element_size() if args[10][2] else 0
     if _is_depthwise(x, groups, transposed):  # the biases' gradient comes after them
         after = round_to_block(n_bytes)
-        return tuple(size - after for size in copied if size > after)
+        copied = tuple(size - after for size in copied if size > after)
+        freed = tuple(-size for size in copied)
+        others = [axis for axis in range(x.dim()) if axis != 1]
+        sums = of_reduction((gradient, others), gpu) if n_bytes else ()
+        return *copied, *freed, *sums
     patches = _patches(x, weight, stride, padding, dilation, transposed)
     is_naive = max(dilation) > 1 or len(stride) == 3
     sums = (n_bytes,) if is_naive and not transposed and n_bytes else ()

@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from helpers.allocator.reductions import of_reduction, power_of_two
 from helpers.allocator.scratch import Gpu
 from helpers.timeline.operators import Requests
 
@@ -16,7 +17,7 @@ _FLOAT = 4  # bytes: what kernels of any precision add up in
 _HALVES = torch.float16, torch.bfloat16
 
 
-def _up(number: int, multiple: int) -> int:
+def up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
@@ -51,8 +52,34 @@ def of_average_backward(args: tuple, gpu: Gpu) -> Requests:
 
 
 def of_flash(args: tuple, gpu: Gpu) -> Requests:
-    """The state of the random numbers."""
-    return (16,) if len(args) > 3 and args[3] else ()
+    """The state of the random numbers; or sums and outputs for each part of the keys.
+
+    Source: ``set_params_splitkv`` in flash_attn/flash_api.cpp.
+    """
+    query, key = args[:2]
+    if len(args) > 3 and args[3]:
+        return (16,)
+    batch, heads, queries, width = query.shape
+    rows, each = batch * heads * queries, 256 if width <= 64 else 128
+    each = each if width <= 128 else 64
+    blocks = batch * heads * -(-queries // 64), -(-key.shape[2] // each)
+    parts = _parts_of_keys(*blocks, 2 * gpu.processors)
+    wide = up(width, 32) if width <= 192 else 256
+    sums = parts * rows * _FLOAT
+    return () if parts == 1 else (sums, sums * wide)
+
+
+def _parts_of_keys(blocks: int, of_keys: int, processors: int) -> int:
+    """Say in how many parts keys are dealt with at once, to busy most processors."""
+    if blocks >= 0.8 * processors:
+        return 1
+    filled = {}
+    for parts in range(1, min(128, processors, of_keys) + 1):
+        if parts == 1 or -(-of_keys // parts) != -(-of_keys // (parts - 1)):
+            waves = blocks * parts / processors
+            filled[parts] = waves / math.ceil(waves)
+    enough = 0.85 * max(filled.values())
+    return next(parts for parts, share in filled.items() if share >= enough)
 
 
 def of_flash_backward(args: tuple, gpu: Gpu) -> Requests:
@@ -62,8 +89,8 @@ def of_flash_backward(args: tuple, gpu: Gpu) -> Requests:
     """
     gradient, query, key, _, output = args[:5]
     batch, heads, queries, width = query.shape
-    rows = batch * heads * _up(queries, 128)
-    sums = rows * _FLOAT, rows * _up(width, 32 if width <= 128 else 64) * _FLOAT
+    rows = batch * heads * up(queries, 128)
+    sums = rows * _FLOAT, rows * up(width, 32 if width <= 128 else 64) * _FLOAT
     own = batch * heads * key.shape[2] * width * key.element_size()
     grouped = () if key.shape[1] == heads else (own, own)
     return *_by_words(gradient), *_by_words(output), *sums, *grouped
@@ -95,9 +122,9 @@ def of_efficient_backward(args: tuple, gpu: Gpu) -> Requests:
     tiles = -(-queries // high) * -(-query.shape[-1] // wide)
     floats = tiles * (high * wide + 4)
     if is_half and not in_registers:
-        columns = _up(query.shape[-1], high) + _up(value.shape[-1], high)
+        columns = up(query.shape[-1], high) + up(value.shape[-1], high)
         floats += _splits(batch * heads, key.shape[2], wide) * wide * columns
-    return *_by_words(gradient), *first, batch * heads * _up(floats, 4) * _FLOAT
+    return *_by_words(gradient), *first, batch * heads * up(floats, 4) * _FLOAT
 
 
 def _splits(parallel: int, keys: int, wide: int) -> int:
@@ -119,48 +146,7 @@ def of_safe_softmax(args: tuple, gpu: Gpu) -> Requests:
     return scores.numel(), scores.numel() // scores.shape[dim], scores.element_size()
 
 
-# Embeddings and norms ---------------------------------------------------------------
-
-
-def of_embedding_backward(args: tuple, gpu: Gpu) -> Requests:
-    """Where there are few ids, they are dealt with as they come."""
-    gradient, ids, rows, _, is_scaled = args[:5]
-    copy = of_dense_gradient(args, gpu)
-    if ids.numel() <= 3072 and not is_scaled:
-        return copy
-    return *copy, *_of_sorted(gradient, ids, rows, is_scaled)
-
-
-def of_bag_backward(args: tuple, gpu: Gpu) -> Requests:
-    gradient, ids, rows, is_scaled, mode = args[0], args[1], *args[6:9]
-    copy = of_dense_gradient(args, gpu)
-    return copy if mode == 2 else (*copy, *_of_sorted(gradient, ids, rows, is_scaled))
-
-
-def _of_sorted(gradient, ids, rows: int, is_scaled: bool) -> Requests:
-    """Sort the ids, and add up the rows of each in parts of ten."""
-    count, each = ids.numel(), ids.nbytes
-    kinds = min(count, rows)
-    parts = count // 10 + kinds
-    sums = parts * gradient.shape[-1] * _FLOAT
-    kinds *= ids.element_size()
-    places = parts * ids.element_size()
-    counts = (each,) if is_scaled else ()
-    return each, each, *counts, each, 8, kinds, kinds, 8, places, sums
-
-
-def of_index_put(args: tuple, gpu: Gpu) -> Requests:
-    """Sort the places where something is added, so that each is written by one."""
-    tensor, places, values, *adds = args[:4]
-    if not (adds and adds[0]):
-        return ()
-    found = [place for place in places if place is not None]
-    rows = math.prod(torch.broadcast_shapes(*(place.shape for place in found)))
-    left = [n for n, place in zip(tensor.shape, places, strict=False) if place is None]
-    count = rows * math.prod(left) * math.prod(tensor.shape[len(places) :])
-    is_whole = values.numel() == count and values.is_contiguous()
-    copy = () if is_whole else (count * values.element_size(),)
-    return rows * 8, *copy, rows * 8, rows * 8, rows * 8, 1
+# Norms -----------------------------------------------------------------------------
 
 
 def of_group_norm(args: tuple, gpu: Gpu) -> Requests:
@@ -188,7 +174,11 @@ def of_batch_norm(args: tuple, gpu: Gpu) -> Requests:
         return ()
     if _channels_last(x):
         return _of_parts(x, 4)
-    return () if x.is_contiguous() or x.dtype not in _HALVES else (x.numel() * _FLOAT,)
+    if x.is_contiguous():
+        return ()
+    whole = (x.numel() * _FLOAT,) if x.dtype in _HALVES else ()
+    others = [axis for axis in range(x.dim()) if axis != 1]
+    return *whole, *of_reduction((x, others), gpu, 16)
 
 
 def of_batch_norm_backward(args: tuple, gpu: Gpu) -> Requests:
@@ -215,16 +205,11 @@ def _of_parts(x: torch.Tensor, numbers: int) -> Requests:
     Source: ``flexible_launch_configs`` in native/cuda/Normalization.cuh.
     """
     channels, rows = x.shape[1], x.numel() // x.shape[1]
-    wide = min(_power_of_two(channels), 32)
-    high = min(_power_of_two(-(-rows // 16)), 512 // wide)
+    wide = min(power_of_two(channels), 32)
+    high = min(power_of_two(-(-rows // 16)), 512 // wide)
     if wide * high != 512:
-        wide = min(_power_of_two(channels), 512 // high)
+        wide = min(power_of_two(channels), 512 // high)
     blocks = min(-(-rows // (high * 16)), 128)
     if blocks < 8:  # which is not worth it
         return ()
     return numbers * channels * blocks * _FLOAT, -(-channels // wide) * 4
-
-
-def _power_of_two(number: int) -> int:
-    """Round down to a power of two, from 1 up."""
-    return 1 << (max(number, 1).bit_length() - 1)

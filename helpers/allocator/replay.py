@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from helpers.allocator.blocks import Block, CachingAllocator
-from helpers.allocator.scratch import APART, WORKSPACE, Gpu
+from helpers.allocator.scratch import APART, OUTPUT, WORKSPACE, Gpu
 from helpers.timeline import Allocation, Event, Timeline
 
 MIB = 2**20
@@ -83,13 +83,20 @@ class Replay:
 
     def go_on(self, step: Timeline) -> None:
         """Allocate and free what a step does, in its order."""
-        events, number = step.events, 0
-        requests = iter((*step.scratch, (len(events) + 1, False, ())))
-        place, *wanted = next(requests)
+        events, number, taken = step.events, 0, []
+        past = len(events) + 1
+        requests = iter((*step.scratch, (past, past, False, ())))
+        first, place, *wanted = next(requests)
         while True:
             while place <= number:
-                self._use(*wanted)
-                place, *wanted = next(requests)
+                self._take(*wanted, taken)
+                while taken:
+                    self.allocator.free(taken.pop()[1])
+                first, place, *wanted = next(requests)
+            if number == first and OUTPUT in wanted[1]:
+                middle = wanted[1].index(OUTPUT)
+                self._take(wanted[0], wanted[1][:middle], taken)
+                wanted[1] = wanted[1][middle:]
             if number == len(events):
                 return
             kind, one, phase, _ = events[number]
@@ -104,11 +111,12 @@ class Replay:
             else:
                 self.blocks[one] = self.allocator.allocate(one.bytes)
 
-    def _use(self, in_backward: bool, requests: Sequence[int]) -> None:
-        """Take what an operator needs for itself, and give it back."""
-        taken: list[tuple[int, Block]] = []
+    def _take(
+        self, in_backward: bool, requests: Sequence[int], taken: list[tuple[int, Block]]
+    ) -> None:
+        """Take what an operator needs for itself, and note what is to be given back."""
         for n_bytes in requests:
-            if n_bytes == APART:
+            if n_bytes in (APART, OUTPUT):
                 pass
             elif n_bytes == WORKSPACE:
                 if in_backward not in self.workspaces:
@@ -119,17 +127,15 @@ class Replay:
             else:
                 place = max(i for i, (size, _) in enumerate(taken) if size == -n_bytes)
                 self.allocator.free(taken.pop(place)[1])
-        for _, block in reversed(taken):
-            self.allocator.free(block)
 
 
 def _is_in_place(one: Allocation, phase: str, following: list[Event]) -> bool:
     """Say whether something is added to another where that lies.
 
-    The engine does so with gradients that nobody else has, and attention with its mask;
-    but not where the step is watched. Source: ``accumulate`` in
-    torch/csrc/autograd/input_buffer.cpp, and ``areAnyTensorSubclassLike`` in
-    FunctionsManual.cpp beside it.
+    The engine does so with gradients that nobody else has, attention with its mask, and
+    a product with its bias; but not where the step is watched. Source: ``accumulate``
+    in torch/csrc/autograd/input_buffer.cpp, ``areAnyTensorSubclassLike`` in
+    FunctionsManual.cpp beside it, and ``linear`` in aten/src/ATen/native/Linear.cpp.
     """
     if not following:
         return False
@@ -139,7 +145,8 @@ def _is_in_place(one: Allocation, phase: str, following: list[Event]) -> bool:
     if one.op in _INTO_ZEROS and phase == "backward":
         return other.op in ("new_zeros", "zeros", "zeros_like")
     before_softmax = following[-1].allocation.op == "_safe_softmax"
-    return one.op == "add" and (phase == "backward" or before_softmax)
+    is_sum = one.op == "add" and (phase == "backward" or before_softmax)
+    return is_sum or one.op == "add_"
 
 
 # Gradients that PyTorch writes into zeros, where nobody watches.

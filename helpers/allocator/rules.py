@@ -26,9 +26,9 @@ _RULES = {
     "kernels.of_efficient_backward": "_scaled_dot_product_efficient_attention_backward",
     "kernels.of_softmax_backward": "_softmax_backward_data",
     "kernels.of_safe_softmax": "_safe_softmax",
-    "kernels.of_embedding_backward": "embedding_dense_backward",
-    "kernels.of_bag_backward": "_embedding_bag_backward",
-    "kernels.of_index_put": "index_put _index_put_impl_ index_put_ _unsafe_index_put",
+    "ids.of_embedding_backward": "embedding_dense_backward",
+    "ids.of_bag_backward": "_embedding_bag_backward",
+    "ids.of_index_put": "index_put _index_put_impl_ index_put_ _unsafe_index_put",
     "kernels.of_group_norm": "native_group_norm",
     "kernels.of_group_norm_backward": "native_group_norm_backward",
     "kernels.of_batch_norm": "native_batch_norm",
@@ -41,16 +41,26 @@ _RULES = {
     "temporaries.of_soft_margin_backward": "soft_margin_loss_backward",
     "temporaries.of_margin": "multilabel_margin_loss_forward multi_margin_loss",
     "temporaries.of_distance": "dist",
-    "temporaries.of_contiguous": """_log_softmax_backward_data nll_loss_backward roll
-      multilabel_margin_loss_backward multi_margin_loss_backward col2im""",
+    "temporaries.of_contiguous": """_softmax _log_softmax _log_softmax_backward_data
+      nll_loss_backward roll multilabel_margin_loss_backward multi_margin_loss_backward
+      col2im rrelu_with_noise reflection_pad1d reflection_pad2d reflection_pad3d
+      avg_pool3d _adaptive_avg_pool3d adaptive_max_pool3d""",
+    "reductions.of_reduction": "sum.dim_IntList mean.dim nansum",
+    "reductions.of_total": "sum mean",
+    "temporaries.of_pair": "aminmax",
+    "temporaries.of_deviation": """std.correction var.correction std_mean.correction
+      var_mean.correction""",
+    "temporaries.of_running": "cumsum cumprod",
+    "temporaries.of_chance": "bernoulli",
     "temporaries.of_place": "argmax argmin max.dim min.dim",
     "temporaries.of_extreme": "amax amin max min",
     "temporaries.of_norm": "linalg_vector_norm",
     "temporaries.of_copy": "mode",
-    "temporaries.of_all_contiguous": "max_unpool2d max_unpool3d",
+    "temporaries.of_all_contiguous": """max_unpool2d max_unpool3d
+      adaptive_max_pool2d_backward""",
     "temporaries.of_rrelu": "rrelu_with_noise_",
+    "temporaries.of_resized": "_upsample_bilinear2d_aa _upsample_bicubic2d_aa",
     "temporaries.of_largest": "adaptive_max_pool2d",
-    "temporaries.of_largest_backward": "adaptive_max_pool2d_backward",
     "temporaries.of_patches": "im2col",
     "temporaries.of_logsumexp": "logsumexp",
     "temporaries.of_sort": "sort",
@@ -58,6 +68,7 @@ _RULES = {
     "temporaries.of_renorm": "renorm",
     "temporaries.of_power": "pow.Scalar",
     "temporaries.of_affine_grid": "affine_grid_generator",
+    "temporaries.of_trilinear": "_trilinear",
     "temporaries.of_cdist_backward": "_cdist_backward",
     "temporaries.of_pdist_backward": "_pdist_backward",
 }

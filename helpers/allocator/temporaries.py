@@ -9,7 +9,8 @@ import math
 import torch
 
 from helpers.allocator.kernels import copies
-from helpers.allocator.scratch import Gpu, of_reduction
+from helpers.allocator.reductions import of_reduction
+from helpers.allocator.scratch import OUTPUT, WORKSPACE, Gpu
 from helpers.timeline.operators import Requests
 
 _NONE = 0  # a loss's reduction: none
@@ -73,6 +74,18 @@ def of_place(args: tuple, gpu: Gpu) -> Requests:
     return of_reduction((x, None if dim is None else [dim]), gpu, 16)
 
 
+def of_pair(args: tuple, gpu: Gpu) -> Requests:
+    """A smallest and a largest number."""
+    x, dim = args[0], args[1] if len(args) > 1 else None
+    dims = None if dim is None else [dim]
+    return of_reduction((x, dims), gpu, 2 * x.element_size())
+
+
+def of_deviation(args: tuple, gpu: Gpu) -> Requests:
+    """Parts are a mean, squares and two counts."""
+    return of_reduction(args[:2], gpu, 16)
+
+
 def of_extreme(args: tuple, gpu: Gpu) -> Requests:
     return of_reduction(args[:2], gpu, args[0].element_size())
 
@@ -106,9 +119,25 @@ def of_largest(args: tuple, gpu: Gpu) -> Requests:
     return count * x.element_size(), count * 8, x.nbytes
 
 
-def of_largest_backward(args: tuple, gpu: Gpu) -> Requests:
-    gradient, x, places = args
-    return copies(gradient, places, x)
+def of_running(args: tuple, gpu: Gpu) -> Requests:
+    """A copy in the type that is asked for, or that a sum of integers has."""
+    x, _, dtype = (*args, None)[:3]
+    dtype = dtype or (x.dtype if x.is_floating_point() else torch.long)
+    return () if dtype is x.dtype else (x.numel() * dtype.itemsize,)
+
+
+def of_chance(args: tuple, gpu: Gpu) -> Requests:
+    """The chances in float32."""
+    x = args[0]
+    return (x.numel() * 4,) if x.element_size() == 2 else ()
+
+
+def of_resized(args: tuple, gpu: Gpu) -> Requests:
+    """What comes in and what goes out, row by row."""
+    x, sizes = args[:2]
+    if x.is_contiguous():
+        return ()
+    return math.prod((*x.shape[:2], *sizes)) * x.element_size(), x.nbytes
 
 
 def of_copy(args: tuple, gpu: Gpu) -> Requests:
@@ -117,7 +146,7 @@ def of_copy(args: tuple, gpu: Gpu) -> Requests:
 
 def of_patches(args: tuple, gpu: Gpu) -> Requests:
     """What is made as large as the input, before it grows."""
-    return *copies(args[0]), args[0].nbytes
+    return *copies(args[0]), args[0].nbytes, OUTPUT
 
 
 def of_power(args: tuple, gpu: Gpu) -> Requests:
@@ -158,6 +187,31 @@ def of_affine_grid(args: tuple, gpu: Gpu) -> Requests:
 
 
 # Pairs of rows ----------------------------------------------------------------------
+
+
+def of_trilinear(args: tuple, gpu: Gpu) -> Requests:
+    """Products of the first two, and of all, for one place of the axis in turn.
+
+    An axis is summed over as soon as the third does not have it.
+    """
+    factors, added, summed = args[:3], args[3:6], args[6]
+    turn = args[7] if len(args) > 7 else 1
+    sizes = []
+    for x, axes in zip(factors, added, strict=True):
+        for axis in axes:
+            x = x.unsqueeze(axis)
+        sizes.append(x.shape)
+    left = [axis for axis in range(len(sizes[0])) if axis != turn]
+    first, both = (
+        math.prod(
+            max(size[axis] for size in sizes[:count])
+            for axis in left
+            if not (axis in summed and (count == 3 or axis in added[2]))
+        )
+        for count in (2, 3)
+    )
+    item_bytes = factors[0].element_size()
+    return first * item_bytes, both * item_bytes, WORKSPACE
 
 
 def of_cdist_backward(args: tuple, gpu: Gpu) -> Requests:

@@ -12,6 +12,7 @@ from helpers.dry_run.kernels import as_ever, imagined_device, met
 
 _aten = torch.ops.aten
 _LAST = torch.channels_last, torch.channels_last_3d
+_BY_ROWS = _aten.glu_backward, _aten.pixel_unshuffle, _aten.rrelu_with_noise
 
 
 def rms_norm(
@@ -122,5 +123,9 @@ def as_cuda_makes(func: torch._ops.OpOverload, args: tuple, answer: object) -> o
     x = args[0]
     if func.overloadpacket is _aten.log_sigmoid_forward:  # its buffer is a CPU's
         return answer[0], [answer[1][0], (torch.Size([0]), (1,), x.dtype, None)]
+    if func.overloadpacket is _aten.log_sigmoid_backward:  # as the gradient lies
+        return answer[0], torch.empty_like(x).stride(), *answer[2:]
+    if func.overloadpacket in _BY_ROWS:
+        return answer[0], torch.empty(answer[0], device="meta").stride(), *answer[2:]
     shape, stride, dtype, _ = answer  # as large as the input, and then made smaller
     return shape, stride, dtype, max(math.prod(shape), x.numel()) * dtype.itemsize

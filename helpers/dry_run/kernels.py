@@ -131,7 +131,8 @@ def on_host(func: torch._ops.OpOverload, out: object) -> object:
 
 
 # Of these CUDA makes another output than meta kernels say.
-OTHERWISE = """binary_cross_entropy col2im log_sigmoid_forward mse_loss smooth_l1_loss
+OTHERWISE = """binary_cross_entropy col2im glu_backward log_sigmoid_backward
+  log_sigmoid_forward mse_loss pixel_unshuffle rrelu_with_noise smooth_l1_loss
   soft_margin_loss""".split()
 
 

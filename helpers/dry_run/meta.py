@@ -168,7 +168,8 @@ class RememberedShapes:
             if not (answer := _ask_cpu(func, args, kwargs)):
                 raise
             return make(answer, values), answer
-        if not self._on_cpu and func.overloadpacket.__name__ in OTHERWISE:
+        is_new = isinstance(answer, tuple) and not self._on_cpu
+        if is_new and func.overloadpacket.__name__ in OTHERWISE:
             from helpers.dry_run.fused import as_cuda_makes  # for few
 
             answer = as_cuda_makes(func, args, answer)

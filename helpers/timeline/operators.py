@@ -107,6 +107,20 @@ def outputs_in_order(func: torch._ops.OpOverload, out: object) -> Iterator:
     return tensors_in(out[::-1] if func is _MASK_FIRST else out)
 
 
+def linears_in(model: nn.Module) -> set[str]:
+    """Name the modules that add nothing but biases: by ``F.linear``."""
+    forwards = nn.Linear.forward, nn.MultiheadAttention.forward
+    named = model.named_modules()
+    return {name for name, module in named if type(module).forward in forwards}
+
+
+def name_of(func: torch._ops.OpOverload, args: tuple, in_linear: bool) -> str:
+    """Name an operator as where nobody watches: ``F.linear`` adds a bias in place."""
+    if in_linear and func is _aten.add.Tensor and args[1].dim() == 1:
+        return "add_"
+    return func.overloadpacket.__name__
+
+
 def dense_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """List the tensors that hold a sparse one's numbers; a dense one is its own."""
     if tensor.layout is torch.strided:
@@ -174,7 +188,7 @@ def call(func: Callable, args: tuple, kwargs: dict) -> object:
 Requests = tuple[int, ...]
 
 
-def no_scratch(func: torch._ops.OpOverload, args: tuple) -> Requests:
+def no_scratch(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Requests:
     return ()
 
 

@@ -65,11 +65,12 @@ class Timeline:
         before: list[Allocation],
         log: list[tuple[str, Allocation, str]],
         flops: dict[str, int],
-        scratch: Sequence[tuple[int, bool, Requests]] = (),
+        scratch: Sequence[tuple[int, int, bool, Requests]] = (),
     ) -> None:
         self.flops = flops  # by phase: matrix products and convolutions
         self.before = before  # what was there before the step
-        # How many events came before, whether in backward's thread, and what was taken.
+        # How many events came before an operator's outputs and with them, whether in
+        # backward's thread, and what was taken.
         self.scratch = scratch
         level = sum(allocation.bytes for allocation in before)
         self.events: list[Event] = []
@@ -219,7 +220,7 @@ def record_timeline(
         devices: which tensors count; default: those on the model's own device.
         run: runs an operator, as ``run(func, args, kwargs)``; default: just calls it.
         scratch: tells what an operator takes besides tensors, in bytes, as
-            ``scratch(func, args)``.
+            ``scratch(func, args, kwargs)``.
         observers: are told of operators and storages.
 
     Backward runs on the calling thread meanwhile, so this is no way to time a step.

@@ -36,7 +36,9 @@ from helpers.timeline.operators import (
     dense_parts,
     flops_of,
     is_sharded,
+    linears_in,
     local,
+    name_of,
     no_scratch,
     outputs_in_order,
     state_tensors,
@@ -74,6 +76,7 @@ class Tracker(TorchDispatchMode):
         self.run, self.scratch_of, self.observers = run, scratch, tuple(observers)
         self.parameters, self.devices = list(model.parameters()), devices
         self.names = {id(module): name for name, module in model.named_modules()}
+        self.linears = linears_in(model)
         self.thread = threading.get_ident()
         self.modules = [""]  # the stack of modules whose forward is running
         self.module_of_node: dict[int, str] = {}  # by autograd sequence number
@@ -83,7 +86,7 @@ class Tracker(TorchDispatchMode):
         self.alive: dict[int, Allocation] = {}  # by address of the storage
         self.before: list[Allocation] = []
         self.log: list[tuple[str, Allocation, str]] = []
-        self.scratch: list[tuple[int, bool, Requests]] = []  # see Timeline
+        self.scratch: list[tuple[int, int, bool, Requests]] = []  # see Timeline
         self.flops = dict.fromkeys(PHASES, 0)
         self.expect("parameter", [*self.parameters, *model.buffers()])
         self.expect("gradient", self._gradients())
@@ -169,27 +172,27 @@ class Tracker(TorchDispatchMode):
         for observer in self.observers:
             observer.after(func, args, kwargs, out)
         self.flops[phase] += flops_of(func, args, kwargs, out)
+        before = len(self.log)
         dense = isinstance(out, torch.Tensor) and out.layout is torch.strided
         for tensor in (out,) if dense else outputs_in_order(func, out):
             storage = tensor.untyped_storage()
             if self._counts(tensor, storage):
-                made_by = phase, func.overloadpacket.__name__, self.module
-                made = self.follow(storage, tuple(tensor.shape), *made_by)
+                op = name_of(func, args, self.modules[-1] in self.linears)
+                made = self.follow(storage, tuple(tensor.shape), phase, op, self.module)
                 self.log.append(("alloc", made, phase))
-        if requests := self.scratch_of(func, args):
+        if requests := self.scratch_of(func, args, kwargs):
             in_engine = phase in ("backward", "recompute")
-            self.scratch.append((len(self.log), in_engine, requests))
+            self.scratch.append((before, len(self.log), in_engine, requests))
 
     def notice(self, args: tuple, phase: str) -> None:
         """Count what an operator reads and nobody made: it was there before."""
-        kinds = {"optimizer": "optimizer_state", "backward": "gradient"}
-        category = kinds.get(phase, "input")
+        category = {"optimizer": "optimizer_state", "backward": "gradient"}.get(phase)
         for arg in args:
             if isinstance(arg, torch.Tensor):
                 if arg.layout is not torch.strided:
-                    self.expect(category, (arg,))
+                    self.expect(category or "input", (arg,))
                 elif arg.untyped_storage()._cdata not in self.alive and arg.dim():
-                    self.expect(category, (arg,))  # a number in disguise has no dim
+                    self.expect(category or "input", (arg,))  # a number has no dim
             elif isinstance(arg, tuple | list):
                 self.notice(arg, phase)
 

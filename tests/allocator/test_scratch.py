@@ -55,7 +55,7 @@ STRIDED = [  # shape, strides, offset, axes, bytes on an H100
 
 
 def scratch_bytes(func, args: tuple, gpu: Gpu) -> int:
-    return sum(map(round_to_block, requests_of(func, args, gpu)))
+    return sum(map(round_to_block, requests_of(func, args, {}, gpu)))
 
 
 def rows_of(rows: int, width: int = 1024) -> torch.Tensor:

@@ -31,24 +31,11 @@ NOT_KNOWN = {
     "cumprod": "its backward is another one where there is a zero",
     "matrix_exp": "how many powers it takes depends on the values",
     "renorm": "on meta tensors PyTorch's own backward adds up in float64",
-    "Bilinear": "a product for each output, of sizes that depend on the fastest axis",
     "affine_grid 1 torch.bfloat16": "its product is in bfloat16, if unwatched",
+    "affine_grid 2 torch.bfloat16": "its product is in bfloat16, if unwatched",
+    "mode 2": "it is too large for the kernel",
+    "kron 2": "it is too large for the kernel",
 }
-# Of these the large case, 2, is not equal.
-_CUBS = "CUB chooses its buffer by the kernel's occupancy, which a card has to say"
-_FEW = "its blocks are off at this size, and nobody has looked for the reason yet"
-NOT_KNOWN |= dict.fromkeys(
-    ["Embedding 2", "Embedding_padding 2", "Embedding_scaled 2", "EmbeddingBag 2"]
-    + ["EmbeddingBag_sum 2", "index_put 2"],
-    _CUBS,
-)
-NOT_KNOWN |= dict.fromkeys(
-    ["cumsum 2", "cumulative_trapezoid 2", "bernoulli 2", "broadcast 2", "LogSigmoid 2"]
-    + ["transposed_BatchNorm 2", "Upsample_antialias 2", "Unfold 2", "Fold 2"]
-    + ["affine_grid 2", "std_mean 2", "var_mean 2", "EncoderLayer_first 2"],
-    _FEW,
-)
-NOT_KNOWN |= dict.fromkeys(["mode 2", "kron 2"], "it is too large for the kernel")
 RECURRENT = "LSTM LSTM_projected LSTM_both GRU RNN RNN_relu".split()
 NOT_PRETENDED = {*sweep.COMPILED, *sweep.OTHERS, *RECURRENT}
 
