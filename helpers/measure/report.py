@@ -108,10 +108,9 @@ class StepReport:
         if self.source == "predicted" or not self.scratch_bytes:
             del rows["scratch of kernels"]  # it differs from one GPU to the next
         if self.unknown:
-            others = not {"FFT", "linear algebra"}.isdisjoint(self.unknown)
-            library = "cuDNN" if self.device == "cuda" else "oneDNN"
-            library = "a library" if others else library
-            rows["not known"] = f"{library}'s workspace for {', '.join(self.unknown)}"
+            from helpers.dry_run.libraries import told  # when there is any
+
+            rows["not known"] = told(self.unknown, self.device)
         if self.step_ms is not None:
             low, high = self.step_ms_quartiles
             rows["step"] = (

@@ -107,11 +107,14 @@ def outputs_in_order(func: torch._ops.OpOverload, out: object) -> Iterator:
     return tensors_in(out[::-1] if func is _MASK_FIRST else out)
 
 
-def linears_in(model: nn.Module) -> set[str]:
-    """Name the modules that add nothing but biases: by ``F.linear``."""
+def linears(named: dict[str, nn.Module]) -> set[str]:
+    """Name the modules that add nothing but biases: by ``F.linear``.
+
+    Not a whole model: what a step adds beside it has no other name.
+    """
     forwards = nn.Linear.forward, nn.MultiheadAttention.forward
-    named = model.named_modules()
-    return {name for name, module in named if type(module).forward in forwards}
+    found = {name for name, one in named.items() if type(one).forward in forwards}
+    return found - {""}
 
 
 def name_of(func: torch._ops.OpOverload, args: tuple, in_linear: bool) -> str:

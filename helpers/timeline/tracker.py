@@ -36,7 +36,7 @@ from helpers.timeline.operators import (
     dense_parts,
     flops_of,
     is_sharded,
-    linears_in,
+    linears,
     local,
     name_of,
     no_scratch,
@@ -75,8 +75,8 @@ class Tracker(TorchDispatchMode):
         super().__init__()
         self.run, self.scratch_of, self.observers = run, scratch, tuple(observers)
         self.parameters, self.devices = list(model.parameters()), devices
-        self.names = {id(module): name for name, module in model.named_modules()}
-        self.linears = linears_in(model)
+        named = dict(model.named_modules())
+        self.names, self.linears = {id(m): n for n, m in named.items()}, linears(named)
         self.thread = threading.get_ident()
         self.modules = [""]  # the stack of modules whose forward is running
         self.module_of_node: dict[int, str] = {}  # by autograd sequence number

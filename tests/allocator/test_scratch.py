@@ -6,6 +6,7 @@ both buffers rounded up to 512 B.
 """
 
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from helpers.allocator import H100, Gpu, on_gpu, this_gpu
 from helpers.allocator.scratch import requests_of
 from helpers.checkpointing import Plan
 from helpers.measure import measure, predict
-from helpers.models import DocsMLP, uniform_mlp
+from helpers.models import GPT, DocsMLP, uniform_mlp
 from helpers.units import round_to_block
 
 SMALL = Gpu(40, 1024)  # a T4's
@@ -86,6 +87,34 @@ def test_a_sum_over_everything_names_no_axis():
     assert scratch_bytes(everything, (x,), H100) == 1024
     assert scratch_bytes(SUM, (x, None), H100) == 1024
     assert scratch_bytes(SUM, (x, []), H100) == 1024
+
+
+@pytest.mark.parametrize("strides", [(1024, 1), (1, 10**9), (0, 0), (0, 1)])
+@pytest.mark.parametrize("dims", [(0,), (1,), (0, 1)])
+def test_a_sum_of_any_size_is_sized(strides, dims):
+    """It is halved for 32 bits a thousand times, of which most are alike."""
+    storage = torch.empty(10**9, 1024, device="meta").untyped_storage()
+    x = torch.empty(0, device="meta").set_(storage, 0, (10**9, 1024), strides)
+    begin = time.perf_counter()
+    assert scratch_bytes(SUM, (x, list(dims)), H100) >= 0
+    assert time.perf_counter() - begin < 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_prediction_takes_no_longer_for_a_larger_batch(device):
+    for rows in (8192, 10**9, 10**12):
+        begin = time.perf_counter()
+        report = predict(DocsMLP, rows_of(rows), device=device)
+        assert report.allocator_peak_bytes > rows * 1024 * 4 * 4
+        assert time.perf_counter() - begin < 10  # a thousandth of it, as a rule
+
+
+def test_nor_for_more_tokens():
+    ids = torch.empty(1, 10**7, dtype=torch.long, device="meta")
+    begin = time.perf_counter()
+    report = predict(lambda: GPT(context=10**7), ids, autocast=torch.bfloat16)
+    assert report.allocator_peak_bytes > report.peak_bytes > 10**11
+    assert time.perf_counter() - begin < 10
 
 
 def test_other_operators_and_empty_tensors_take_nothing():
