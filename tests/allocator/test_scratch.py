@@ -6,6 +6,7 @@ both buffers rounded up to 512 B.
 """
 
 import dataclasses
+import itertools
 import time
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from helpers.allocator import H100, Gpu, on_gpu, this_gpu
+from helpers.allocator.cards import named
 from helpers.allocator.scratch import requests_of
 from helpers.checkpointing import Plan
 from helpers.measure import measure, predict
@@ -128,6 +130,36 @@ def test_what_is_true_is_copied_to_int64_and_then_added_up():
     x = rows_of(8192) > 0
     copy, parts, semaphores = x.numel() * 8, x.numel() * 16, 512
     assert scratch_bytes(SUM, (x, [0]), H100) == copy + parts + semaphores
+
+
+SORTS = [  # ids, their type, the card, and what a sort, a search and a scan ask for
+    (8192, "int64", "H100", (139_775, 1279, 1279)),
+    (1_000_000, "int64", "H100", (16_229_887, 4351, 18_943)),
+    (1_000_000, "int64", "A100", (16_273_919, 13_055, 18_943)),
+    (1_000_000, "int64", "T4", (16_371_199, 51_199, 18_943)),
+    (1_000_000, "int32", "H100", (8_164_351, 3327, 5119)),
+    (1_000_000, "int32", "A100", (8_164_351, 6911, 5119)),
+    (1_000_000, "int32", "T4", (8_093_695, 23_807, 5119)),
+]
+
+
+@pytest.mark.parametrize(("count", "dtype", "card", "expected"), SORTS)
+def test_ids_are_sorted_in_what_cub_asks_for(count, dtype, card, expected):
+    """As PyTorch's own CUDA code asked for it, on cards that were not there."""
+    ids = torch.empty(count, dtype=getattr(torch, dtype), device="meta")
+    args = torch.empty(count, 1, device="meta"), ids, 2**20, -1, False
+    func = torch.ops.aten.embedding_dense_backward.default
+    asked = requests_of(func, args, {}, named(card))
+    freed = [n for n, after in itertools.pairwise(asked) if after == -n < 0]
+    assert tuple(freed) == expected
+
+
+def test_few_rows_are_added_at_once():
+    ids = torch.empty(8192, dtype=torch.long, device="meta")
+    func = torch.ops.aten.embedding_dense_backward.default
+    for rows, n_bytes in ((9, 828 * 8), (500, 1319 * 512 * 4)):
+        args = torch.empty(8192, 512, device="meta"), ids, rows, -1, False
+        assert requests_of(func, args, {}, H100)[-1] == n_bytes
 
 
 # In a step
