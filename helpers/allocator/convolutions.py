@@ -45,6 +45,8 @@ def of_convolution_backward(args: tuple, gpu: Gpu) -> Requests:
     if torch.backends.cudnn.enabled:
         return of_dense_gradient(args, gpu)
     copied, biases = copies(gradient, x, weight), gradient.shape[1]
+    if args[10][0] and _is_depthwise(x, groups, transposed):
+        copied = copies(gradient, weight)  # the input's was freed before its gradient
     n_bytes = biases * x.element_size() if args[10][2] else 0
     if _is_depthwise(x, groups, transposed):  # the biases' gradient comes after them
         after = round_to_block(n_bytes)

@@ -26,26 +26,42 @@ def copies(*tensors: torch.Tensor) -> Requests:
     return tuple(x.nbytes for x in tensors if not x.is_contiguous())
 
 
+def layout_of(x: torch.Tensor) -> torch.memory_format:
+    """Say whether channels are the fastest axis, and not the last one."""
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    is_last = layout and x.is_contiguous(memory_format=layout)
+    return layout if is_last and not x.is_contiguous() else torch.contiguous_format
+
+
+def of_dense(args: tuple, gpu: Gpu) -> Requests:
+    """A copy of an input that lies neither row by row nor channels last."""
+    return of_dense_gradient(args[:1], gpu)
+
+
 def of_dense_gradient(args: tuple, gpu: Gpu) -> Requests:
     """A copy of a gradient that does not lie as the input does, row by row say.
 
     A sum's gradient is such a one: a single number, expanded.
     """
     gradient, *others = args[:2]
-    axes, like = gradient.dim(), others[0] if others else None
-    if axes not in (4, 5):
-        return copies(gradient)
-    layout = torch.channels_last if axes == 4 else torch.channels_last_3d
-    like = like if isinstance(like, torch.Tensor) and like.dim() == axes else gradient
-    if like.is_contiguous() or not like.is_contiguous(memory_format=layout):
-        layout = torch.contiguous_format
-    dense = gradient.is_contiguous(memory_format=layout)
+    like = others[0] if others and isinstance(others[0], torch.Tensor) else gradient
+    like = like if like.dim() == gradient.dim() else gradient
+    dense = gradient.is_contiguous(memory_format=layout_of(like))
     return () if dense else (gradient.nbytes,)
 
 
 def of_average_backward(args: tuple, gpu: Gpu) -> Requests:
     """Which reads it as it lies, in channels_last."""
-    return of_dense_gradient(args, gpu) if args[1].is_contiguous() else ()
+    plain = layout_of(args[1]) is torch.contiguous_format
+    return copies(args[0]) if plain else ()
+
+
+def of_pool_backward(args: tuple, gpu: Gpu) -> Requests:
+    return *of_dense_gradient(args, gpu), *of_dense(args[1:], gpu)
+
+
+def of_norm_backward(args: tuple, gpu: Gpu) -> Requests:
+    return copies(*args[:2])
 
 
 # Attention --------------------------------------------------------------------------
@@ -185,12 +201,21 @@ def of_batch_norm_backward(args: tuple, gpu: Gpu) -> Requests:
     """Two sums for each channel, and their parts."""
     gradient, x = args[:2]
     if not _channels_last(x):
-        return ()
+        return *_by_channels(gradient), *_by_channels(x)
     sums = x.shape[1] * _FLOAT
     parts = _of_parts(x, 2) if _channels_last(gradient) else ()
     weight = (_FLOAT,) if args[2] is None else ()
     deviations = () if args[6].numel() else (sums,)  # which cuDNN did not keep
     return *deviations, sums, sums, *parts, *weight
+
+
+def _by_channels(x: torch.Tensor) -> Requests:
+    """A copy of what is no view of samples, channels and all the rest."""
+    try:
+        x.view(*x.shape[:2], -1)
+    except RuntimeError:
+        return (x.nbytes,)
+    return ()
 
 
 def _channels_last(x: torch.Tensor) -> bool:

@@ -8,10 +8,11 @@ import torch
 
 # A module here and its function: operators, with an overload that is not the default.
 _RULES = {
-    "kernels.of_dense_gradient": """native_layer_norm_backward _fused_rms_norm_backward
-      max_pool2d_with_indices_backward max_pool3d_with_indices_backward
-      fractional_max_pool2d_backward avg_pool2d_backward avg_pool3d_backward
-      adaptive_max_pool3d_backward
+    "kernels.of_norm_backward": "native_layer_norm_backward _fused_rms_norm_backward",
+    "kernels.of_dense": "max_pool2d_with_indices avg_pool2d",
+    "kernels.of_pool_backward": "max_pool2d_with_indices_backward avg_pool2d_backward",
+    "kernels.of_dense_gradient": """max_pool3d_with_indices_backward
+      fractional_max_pool2d_backward avg_pool3d_backward adaptive_max_pool3d_backward
       _adaptive_avg_pool3d_backward
       reflection_pad1d_backward reflection_pad2d_backward upsample_linear1d_backward
       upsample_nearest1d_backward upsample_nearest2d_backward
@@ -41,10 +42,13 @@ _RULES = {
     "temporaries.of_soft_margin_backward": "soft_margin_loss_backward",
     "temporaries.of_margin": "multilabel_margin_loss_forward multi_margin_loss",
     "temporaries.of_distance": "dist",
+    "temporaries.of_all_contiguous": "max_unpool2d max_unpool3d _cdist_forward",
+    "temporaries.of_largest_backward": "adaptive_max_pool2d_backward",
     "temporaries.of_contiguous": """_softmax _log_softmax _log_softmax_backward_data
       nll_loss_backward roll multilabel_margin_loss_backward multi_margin_loss_backward
       col2im rrelu_with_noise reflection_pad1d reflection_pad2d reflection_pad3d
-      avg_pool3d _adaptive_avg_pool3d adaptive_max_pool3d""",
+      avg_pool3d _adaptive_avg_pool3d adaptive_max_pool3d native_layer_norm
+      _fused_rms_norm""",
     "reductions.of_reduction": "sum.dim_IntList mean.dim nansum",
     "reductions.of_total": "sum mean",
     "temporaries.of_pair": "aminmax",
@@ -56,8 +60,6 @@ _RULES = {
     "temporaries.of_extreme": "amax amin max min",
     "temporaries.of_norm": "linalg_vector_norm",
     "temporaries.of_copy": "mode",
-    "temporaries.of_all_contiguous": """max_unpool2d max_unpool3d
-      adaptive_max_pool2d_backward""",
     "temporaries.of_rrelu": "rrelu_with_noise_",
     "temporaries.of_resized": "_upsample_bilinear2d_aa _upsample_bicubic2d_aa",
     "temporaries.of_largest": "adaptive_max_pool2d",

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from helpers.allocator.kernels import copies
+from helpers.allocator.kernels import copies, layout_of
 from helpers.allocator.reductions import of_reduction
 from helpers.allocator.scratch import OUTPUT, WORKSPACE, Gpu
 from helpers.timeline.operators import Requests
@@ -113,10 +113,17 @@ def of_rrelu(args: tuple, gpu: Gpu) -> Requests:
 def of_largest(args: tuple, gpu: Gpu) -> Requests:
     """What comes in and what goes out, with its places, row by row."""
     x, sizes = args
-    if x.is_contiguous():
+    if layout_of(x) is torch.contiguous_format:
         return ()
     count = math.prod(x.shape[:-2]) * math.prod(sizes)
     return count * x.element_size(), count * 8, x.nbytes
+
+
+def of_largest_backward(args: tuple, gpu: Gpu) -> Requests:
+    """What comes in, and what goes out, row by row."""
+    gradient, x, places = args
+    plain = layout_of(x) is torch.contiguous_format
+    return *copies(gradient, places), *(() if plain else (x.nbytes,))
 
 
 def of_running(args: tuple, gpu: Gpu) -> Requests:
@@ -215,8 +222,9 @@ def of_trilinear(args: tuple, gpu: Gpu) -> Requests:
 
 
 def of_cdist_backward(args: tuple, gpu: Gpu) -> Requests:
-    gradient, rows = args[:2]
-    return (gradient.numel() * rows.shape[-1] * rows.element_size(),)
+    gradient, rows, others = args[:3]
+    parts = gradient.numel() * rows.shape[-1] * rows.element_size()
+    return *copies(gradient, rows, others), parts
 
 
 def of_pdist_backward(args: tuple, gpu: Gpu) -> Requests:
