@@ -222,7 +222,7 @@ def test_the_largest_batch_that_runs_is_near_the_one_that_is_predicted():
 
 
 @pytest.mark.parametrize("optimizer", [None, torch.optim.AdamW], ids=["none", "AdamW"])
-@pytest.mark.parametrize("name", ["MLP", "GPT", "two levels"])
+@pytest.mark.parametrize("name", ["MLP", "GPT", "two levels", "mixer"])
 def test_a_plan_for_a_budget_stays_below_it(name, optimizer):
     torch.manual_seed(0)
     model, batch, how = *budgeted(name), {"optimizer": optimizer}

@@ -40,8 +40,8 @@ class Answers:
             if known is None or known.source == "measured":
                 self.tried[report.plan] = report
                 self.measured[report.plan] = report, base
-        for report in reports[:-1] or reports:
-            self.measured[report.plan] = report, base
+            if report is not base or plan == base.plan:
+                self.measured[report.plan] = report, base
         if verified is not None:
             self.verified[plan] = verified
 

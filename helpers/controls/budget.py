@@ -16,6 +16,7 @@ from helpers.controls._look import BESIDE, sentence, status
 from helpers.controls.lab import LayerLab
 from helpers.measure import StepReport
 from helpers.planner import InfeasibleBudget, Planner
+from helpers.planner.best import whole_bytes
 from helpers.plots import memory_unit
 from helpers.units import format_bytes
 
@@ -121,8 +122,12 @@ class BudgetLab(widgets.HBox):
             self._answered[self.slider] = self.slider.value
             self._take_point(self.slider.value)
         if self.field.value != self._answered[self.field]:
+            n_bytes = self.field.value * self._unit_bytes
+            if not abs(n_bytes) < 2**60:  # no number, or none of any GPU
+                self.field.value = self._answered[self.field]
+                return
             self._answered[self.field] = self.field.value
-            self._take(round(self.field.value * self._unit_bytes))
+            self._take(round(n_bytes))
 
     def _write(self, control: widgets.Widget, value: float) -> None:
         """Write into a control, unless it has been moved since it was last read."""
@@ -145,7 +150,7 @@ class BudgetLab(widgets.HBox):
         """Take any budget; if no plan fits, the boxes stay as they are."""
         if not self.front:
             return
-        self._budget_bytes = budget_bytes
+        self._budget_bytes = budget_bytes = whole_bytes(budget_bytes)
         try:
             plan = self._planner.best(budget_bytes).plan
         except InfeasibleBudget:

@@ -70,8 +70,13 @@ def stand_in(tensor: torch.Tensor) -> torch.Tensor:
     """Make a meta tensor like another one.
 
     Raises:
-        ValueError: for a sparse one.
+        ValueError: for a sparse, nested or quantized one.
     """
+    if tensor.is_nested or tensor.is_quantized:
+        raise ValueError(
+            "what a nested or quantized tensor takes is not known to a prediction; "
+            "measure it, or give a plain tensor"
+        )
     if tensor.layout is not torch.strided:
         raise ValueError(
             "a sparse tensor takes as many bytes as it has numbers, which a prediction "

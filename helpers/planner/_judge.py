@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from operator import attrgetter
 
 from torch import nn
@@ -96,3 +96,21 @@ def steps_of(
         imagined.record(step, model, batch, made)
         yield imagined, step, model, batch, made
         model.zero_grad(set_to_none=True)
+
+
+def named(model: nn.Module, among: Collection[str] | None) -> frozenset[str] | None:
+    """Take names of modules; None for all.
+
+    Raises:
+        ValueError: if there is no module of some name.
+    """
+    if among is None:
+        return None
+    names = [among] if isinstance(among, str) else list(among)
+    there = dict(model.named_modules())
+    if missing := [name for name in names if name not in there]:
+        raise ValueError(
+            f"among lists names of modules, and there is none named {missing[0]!r}; "
+            f"there are: {', '.join(filter(None, there)) or 'none'}"
+        )
+    return frozenset(names)

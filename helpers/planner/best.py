@@ -53,7 +53,7 @@ def best_plan(chain: Chain, budget_bytes: int | str, *, gap: float = 0.0) -> Pla
     Where sizes double from stage to stage, nearly every plan has its own budget; then
     the gap is 2 %, and a warning says so.
     """
-    least, budget_bytes = least_peak_bytes(chain), _whole(budget_bytes)
+    least, budget_bytes = least_peak_bytes(chain), whole_bytes(budget_bytes)
     if budget_bytes < least:
         raise InfeasibleBudget(budget_bytes, least)
     room_bytes, most = budget_bytes - chain.static_bytes, NEVER
@@ -78,8 +78,12 @@ def _most(chain: Chain, fronts: list[Front], gap: float) -> int:
     return math.ceil(cost * Fraction(1 + gap))
 
 
-def _whole(budget_bytes: int | str) -> int:
-    """Take any whole number, also one that no plan fits; read a text."""
+def whole_bytes(budget_bytes: int | str) -> int:
+    """Take any whole number, also one that no plan fits; read a text.
+
+    Raises:
+        ValueError: if it is neither.
+    """
     is_whole = isinstance(budget_bytes, int) and not isinstance(budget_bytes, bool)
     return budget_bytes if is_whole else parse_bytes(budget_bytes)
 

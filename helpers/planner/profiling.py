@@ -74,7 +74,7 @@ def profile(
 def _listed(model: nn.Module, parent: str) -> str:
     """Take the name of a module with layers in it."""
     modules = dict(model.named_modules())
-    if parent not in modules or not modules[parent]._modules:
+    if not isinstance(parent, str) or not getattr(modules.get(parent), "_modules", 0):
         lists = [repr(name) for name, module in modules.items() if module._modules]
         raise ValueError(
             f"parent is the name of a module with layers in it, not {parent!r}; "
@@ -130,7 +130,7 @@ def chain_parent(model: nn.Module) -> str:
         or type(module).forward is nn.Sequential.forward
     }
     longest = "" if "" in found else max(found, key=found.get, default="")
-    if longest not in found or found[longest] < 2 and longest:
+    if found.get(longest, 0) < (2 if longest else 1):
         raise ValueError(
             f"{type(model).__name__} holds no chain: no nn.Sequential or nn.ModuleList "
             "of two layers or more"

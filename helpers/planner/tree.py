@@ -24,10 +24,10 @@ from torch import nn
 from helpers.checkpointing import Plan
 from helpers.measure import StepReport
 from helpers.planner._estimate import Estimate, offered
-from helpers.planner._judge import Judge
+from helpers.planner._judge import Judge, named
 from helpers.planner._search import Pool, unbeaten_of
 from helpers.planner._stage_times import Clock
-from helpers.planner.best import InfeasibleBudget, best_plan, pareto
+from helpers.planner.best import InfeasibleBudget, best_plan, pareto, whole_bytes
 from helpers.planner.chain import Chain
 from helpers.planner.profiling import profile
 from helpers.units import parse_bytes
@@ -35,6 +35,7 @@ from helpers.units import parse_bytes
 TRIES, EVENTS = 24, 200_000  # dry runs that go astray, more of them in short steps
 LAST = 6  # of them where a plan fits, and estimates are not quite what runs say
 LONG, GAP = 200, 0.015  # stages from which on a chain is solved within a gap
+SHORT = 32  # up to which all plans are looked at anew, for what a card needs
 
 
 def plan_for(
@@ -52,7 +53,7 @@ def plan_for(
     >>> import torch
     >>> from helpers.models import uniform_mlp
     >>> x = torch.empty(8192, 1024, device="meta")  # a shape without data
-    >>> print(plan_for(uniform_mlp, x, "450 MiB", gpu="H100").plan)
+    >>> print(plan_for(uniform_mlp, x, "500 MiB", gpu="H100").plan)
     layer1+layer2+layer3+layer4
 
     Args:
@@ -119,7 +120,7 @@ class Planner:
         self.plain, self.size_of = self.judge.plain, self.judge.size_of
         self.extra_bytes = self.size_of(self.plain) - self.plain.peak_bytes
         self.parent, self.clock = parent, Clock(self.judge) if measured else None
-        self.among = None if among is None else frozenset(among)
+        self.among = named(self.judge.model, among)
         self.banned: set[tuple[str, ...]] = set()
         self.chain = self._chain()
         self._pool: Pool | None = None
@@ -178,21 +179,26 @@ class Planner:
 
     # One budget -----------------------------------------------------------------------
 
-    def best(self, budget_bytes: int) -> StepReport:
+    def best(self, budget_bytes: int | str) -> StepReport:
         """Find the cheapest plan that fits.
 
         Raises:
             InfeasibleBudget: if none does.
         """
-        if self.size_of(self.plain) <= budget_bytes:
-            return self._timed([self.plain])[0]
-        found = [self._of_chain(budget_bytes)]
-        if not (self.is_simple and found[0]):
-            found.append(self._of_tree(budget_bytes))
-        found = [report for report in found if report]
+        budget_bytes = whole_bytes(budget_bytes)
+        found = self._fitting(budget_bytes)
         if not found:
             raise self._infeasible(budget_bytes)
         return min(self._timed(found), key=lambda report: self.cost(report.plan))
+
+    def _fitting(self, budget_bytes: int) -> list[StepReport]:
+        """Find plans that fit, one of which is the cheapest; none if none does."""
+        if self.size_of(self.plain) <= budget_bytes:
+            return [self.plain]
+        found = [self._of_chain(budget_bytes)]
+        if not (self.is_simple and found[0]):
+            found.append(self._of_tree(budget_bytes))
+        return [report for report in found if report]
 
     def _timed(self, reports: list[StepReport]) -> list[StepReport]:
         """Measure the steps of reports, where time is what counts."""
@@ -286,6 +292,10 @@ class Planner:
         """Find the plans that no other beats; see ``front_for``."""
         offers = unbeaten_of(sorted(self._offers(points), key=lambda it: it[:2]))
         found = [report for *_, plan in offers if (report := self.judge.report(plan))]
+        if not self.is_simple or (self.extra_bytes and len(self.chain) <= SHORT):
+            found += [
+                one for size in self._budgets(points) for one in self._fitting(size)
+            ]
         reports = self._timed(found) if self.clock else self.judge.reports
         rows = [(self.size_of(it), self.cost(it.plan), it) for it in reports]
         return [it[2] for it in unbeaten_of(sorted(rows, key=lambda it: it[:2]))]
@@ -298,18 +308,21 @@ class Planner:
                 yield peak_bytes + self.extra_bytes, cost, plan
             if self.is_simple:
                 return
-        pool = self.pool
-        places = pool.front() if points is None else self._spread(points)
-        for place in places:
+        pool, unit = self.pool, 1e6 if self.clock else 1
+        for place in pool.front() if points is None else ():
             peak_bytes = int(pool.peaks[place]) + self.shift_bytes
-            unit = 1e6 if self.clock else 1
             yield peak_bytes, int(pool.costs[place]) / unit, pool.plan(place)
 
-    def _spread(self, points: int) -> Iterator[int]:
-        """Plan for budgets that are evenly spaced."""
-        pool = self.pool
-        low, high = int(pool.peaks.min()), self.size_of(self.plain)
-        for point in range(points):
-            budget_bytes = low + round((high - low) * point / max(points - 1, 1))
-            pool.better(budget_bytes)
-            yield pool.cheapest(budget_bytes)
+    def _budgets(self, points: int | None) -> list[int]:
+        """List the budgets that a front is planned for: evenly spaced, or of its plans.
+
+        The lowest plan is looked for first, since estimates are the same for all cards.
+        """
+        self._of_lowest(0)
+        sizes = sorted({self.size_of(report) for report in self.judge.reports})
+        if points is None:
+            is_exact = self.low_bytes == self.shift_bytes
+            return [] if is_exact else sizes
+        low, high = sizes[0], self.size_of(self.plain)
+        step = (high - low) / max(points - 1, 1)
+        return [*sizes, *(low + round(step * point) for point in range(points))]

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import functools
+import math
 import random
 import re
 
@@ -347,3 +348,16 @@ def test_planning_that_takes_longer_says_so():
     seen.clear()
     panel.controls["depth"].value = 2
     assert not any("planning" in text for text in seen)
+
+
+@pytest.mark.parametrize("budget", [None, "8 apples", True, math.nan, math.inf])
+def test_a_budget_that_is_none_leaves_the_last_one(budget):
+    panel = BudgetLab(lambda: MLP([64] * 5, "gelu"), 256)
+    panel.budget_bytes = "600 KiB"
+    assert panel.budget_bytes == 600 * 1024 and panel.plan.segments
+    panel.budget_bytes = budget
+    assert "memory is a whole number of bytes above 0" in panel.readout.value
+    panel.field.value = math.inf
+    assert panel.budget_bytes == 600 * 1024 and panel.field.value == 600
+    panel.controls["batch"].value = 128
+    assert panel.front[-1][0] == panel.history[0].peak_bytes

@@ -126,6 +126,11 @@ def test_both_are_measured_in_one_run(lab):
     assert [series[0]["ms"] for series in times] == [one["ms"], pair[0][1].step_ms]
 
 
+def test_none_is_measured_beside_the_plan_it_is_compared_with(lab):
+    lab.plan, lab.against = Plan(), TWO
+    assert lab.measure().plan == Plan()
+
+
 def test_times_of_two_runs_are_not_compared(lab):
     lab.measure()
     lab.plan = TWO

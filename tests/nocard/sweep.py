@@ -104,6 +104,33 @@ def functions(names: list[str]) -> Iterator[Case]:
             yield case(f"{name} {parity} {autocast}", model, batch, autocast=autocast)
 
 
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """Let a tensor lie column by column."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def turned_inputs(names: list[str]) -> Iterator[Case]:
+    """Give layers and functions what lies neither row by row nor channels last."""
+    for name in names:
+        if name in table.LAYERS:
+            kind, make = table.LAYERS[name]
+        else:
+            kind, function = table.FUNCTIONS[name]
+            make = functools.partial(_called, function)
+        for parity in (ODD, EVEN):
+
+            def model(kind=kind, make=make, parity=parity) -> nn.Module:
+                layer = make(channels_of(kind, parity))
+                return nn.Sequential(before(kind, parity), Run(turned), layer)
+
+            batch = functools.partial(batch_of, kind, parity)
+            yield case(f"{name} {parity} turned", model, batch)
+
+
+def _called(function: Callable, channels: int) -> nn.Module:
+    return Run(lambda x: total(function(x.sigmoid())))
+
+
 def losses(names: list[str]) -> Iterator[Case]:
     for name in names:
         function, target = table.LOSSES[name]

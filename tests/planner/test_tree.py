@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from helpers.checkpointing import Plan
 from helpers.measure import StepReport, measure, predict
@@ -173,6 +174,75 @@ def test_what_else_would_help():
     assert "with half the batch" in str(error.value)
 
 
+class Twice(nn.Module):
+    """Calls one Sequential twice, as siamese and tied encoders do."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        layers = [nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(6)]
+        self.tower, self.head = nn.Sequential(*layers), nn.Linear(width, 8)
+
+    def forward(self, x):
+        return self.head(self.tower(self.tower(x)))
+
+
+@pytest.mark.parametrize("where", [{"device": "cpu"}, {"gpu": "H100"}])
+def test_neighbours_that_are_called_twice_are_joined(where):
+    model, batch = Twice(), torch.empty(4096, 64, device="meta")
+    names = [f"tower.{place}" for place in range(6)]
+    by_hand = predict(model, batch, Plan((names[:3], names[3:])), **where)
+    found = plan_for(model, batch, by_hand.needed_bytes, **where)
+    assert found.recompute_flops <= by_hand.recompute_flops
+    assert any(len(segment) > 1 for segment in found.plan.segments)
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.one = nn.LayerNorm(width), nn.Linear(width, 2 * width)
+        self.other = nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        return x + self.other(F.gelu(self.one(self.norm(x))))
+
+
+class Shared(nn.Module):
+    """What a card needs beside its tensors differs from plan to plan."""
+
+    def __init__(self, width: int = 100) -> None:
+        super().__init__()
+        self.f, self.g = Residual(width), Residual(width)
+        self.head = nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.head(self.f(self.g(self.f(x)).sigmoid()))
+
+
+def stem() -> nn.Module:
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(True)]
+    return nn.Sequential(*layers, nn.Conv2d(8, 16, 3, 2), nn.GELU(), nn.Flatten())
+
+
+CARDS = {
+    "H100": (Shared, torch.empty(5000, 100, device="meta")),
+    "T4": (stem, torch.empty(64, 3, 64, 64, device="meta")),
+}
+
+
+@pytest.mark.parametrize("gpu", CARDS)
+@pytest.mark.parametrize("points", [None, 5])
+def test_nothing_that_is_planned_beats_a_front(gpu, points):
+    make, batch = CARDS[gpu]
+    front = front_for(make, batch, points, gpu=gpu)
+    assert len({report.needed_bytes for report in front}) == len(front)
+    for report in front:
+        again = plan_for(make, batch, report.needed_bytes, gpu=gpu)
+        assert again.recompute_flops == report.recompute_flops
+    with pytest.raises(InfeasibleBudget) as error:
+        plan_for(make, batch, front[0].needed_bytes - 1, gpu=gpu)
+    assert error.value.minimum_bytes == front[0].needed_bytes
+
+
 class Counted(nn.Module):
     """A layer that does something else each time that it is called."""
 
@@ -206,6 +276,21 @@ def test_least_time_as_measured():
     assert report.plan.segments and report.source == "measured"
     assert report.step_ms > 0 and abs(planner.cost(report.plan)) < 1000
     assert planner.best(planner.plain.peak_bytes).plan == Plan()
+
+
+@pytest.mark.parametrize("among", ["nope", ["0", "nope"], [5]])
+def test_a_module_that_is_not_there(among):
+    with pytest.raises(ValueError, match="there is none named (5|'nope')"):
+        Planner(*SMALL["tuples"], among=among)
+
+
+def test_a_budget_in_words_for_a_planner():
+    assert Planner(*SMALL["loop"], device="cpu").best("1 GiB").plan == Plan()
+
+
+def test_a_sequential_without_layers():
+    with pytest.raises(InfeasibleBudget, match="the least that works"):
+        plan_for(nn.Sequential(), torch.randn(100, 64).requires_grad_(), 1000)
 
 
 @pytest.mark.parametrize(
