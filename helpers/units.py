@@ -48,7 +48,7 @@ def parse_bytes(value: int | str) -> int:
             n_bytes = operator.index(value)
     if n_bytes is None or not 0 < n_bytes < 2**60:
         raise ValueError(
-            "memory is a whole number of bytes above 0, less than 1 EiB, or a text such "
+            "memory is a whole number of bytes above 0, below 1 EiB, or a text such "
             f'as "8 GiB", "512 MiB" or "1.5 GB", not {value!r}'
         )
     return n_bytes

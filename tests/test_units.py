@@ -120,6 +120,6 @@ def test_what_is_no_size_of_a_memory(written):
     with pytest.raises(ValueError) as error:
         parse_bytes(written)
     assert str(error.value) == (
-        "memory is a whole number of bytes above 0, less than 1 EiB, or a text such "
+        "memory is a whole number of bytes above 0, below 1 EiB, or a text such "
         f'as "8 GiB", "512 MiB" or "1.5 GB", not {written!r}'
     )
