@@ -1,5 +1,7 @@
 """The first page's lab works as well in Notebook 7 and in Voilà."""
 
+import re
+
 import nbformat
 import pytest
 import torch
@@ -23,8 +25,11 @@ CELLS = IMPORTS, SETTINGS, *(cell for cell in CODE if "lab." in cell)
 def in_notebook_7(page: Page, url: str) -> None:
     page.goto(f"{url}/notebooks/cells.ipynb")
     page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    begun = page.locator(".jp-InputPrompt").filter(has_text=re.compile(r"\[[\d*]+\]"))
+    while not begun.count():  # the menu is there before the kernel listens
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        page.wait_for_timeout(2000)
 
 
 def in_voila(page: Page, url: str) -> None:
