@@ -174,8 +174,7 @@ class LayerLab(widgets.HBox):
         pages = {"Step and card": self.step, "Take it along": along}
         left = [*self.controls.values(), shortcuts, self.rows, self.measure_button]
         controls = widgets.VBox([*left, self.recorded, folded(pages)])
-        below = [self.readout, self.progress]
-        shown = widgets.VBox([self.picture, *below], layout=ROOMY)
+        shown = widgets.VBox([self.picture, self.readout, self.progress], layout=ROOMY)
         return [controls.add_class("layer-lab-controls"), shown]
 
     def _apply(self, plan: Plan) -> None:
@@ -279,21 +278,22 @@ class LayerLab(widgets.HBox):
         if not self.finding:
             return
         state, found = self.state, self.state.answers
+        report = state.tried[state.shown]
         note = state.note + self.recorded.note(state.shown, found.pair[0].plan)
+        if card := self.step.limit(report):
+            note += f"; {card['label']}"
         note += state.ticks.left_out(state.shown) + state.caution
-        limit = self.limit(state.tried[state.shown])
         rows = self.rows.as_text(state.shown)
         around = rows, [self.finding, *textwrap.wrap(note, 160)[:2]]
         # The picture first, so that it is soon there.
-        self.picture.show(found, self.recorded.pairs, limit, around)
+        self.picture.show(found, self.recorded.pairs, self.limit(report), around)
         self._wrong, self.readout.value = "", status(self.finding, note)
         self.rows.show_kept(state.shown, *found.kept)
         self.on_shown()
 
     def _say_of_ticked(self, note: str) -> None:
         """Say what becomes of a plan that may not be shown so far."""
-        shown = self.finding and self.plan == self.state.shown
-        said = self.finding if shown else describe(self.plan)
+        said = (self.plan == self.state.shown and self.finding) or describe(self.plan)
         self._wrong, self.readout.value = "", status(said, note)
 
     # The measurement ------------------------------------------------------------------

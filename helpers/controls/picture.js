@@ -6,6 +6,7 @@
 const NS = "http://www.w3.org/2000/svg";
 const LEFT = 46, TOP = 26, LETTER = 6.1, TITLE_LETTER = 7.6; // margins, widths of letters
 const BUTTON = 140; // a button's width, beside a title
+const DIGIT = 6.4, BETWEEN = 2.4; // in the strip: a digit's width, and what parts numbers
 const LISTED = 7; // tensors that a hover names
 
 function draw(tag, attributes = {}, ...children) {
@@ -17,6 +18,8 @@ function draw(tag, attributes = {}, ...children) {
 
 const text = (x, y, words, kind = "", anchor = "start") =>
   draw("text", { x, y, class: kind, "text-anchor": anchor }, words);
+
+const cut = (words, most) => (words.length > most ? `${words.slice(0, most - 1)}…` : words);
 
 function unitOf(top) {
   const units = [[2 ** 30, "GiB"], [2 ** 20, "MiB"], [2 ** 10, "KiB"]];
@@ -42,8 +45,7 @@ function axes(panel, title, top, unit, bottom, taken = 0) {
   const { width, height } = panel.room, low = height - bottom;
   const y = (value) => low - (value / top) * (low - TOP);
   const most = Math.floor((width - LEFT + 28 - taken) / TITLE_LETTER);
-  const cut = title.length > most ? `${title.slice(0, most - 1)}…` : title;
-  const parts = [text(LEFT - 34, 14, cut, "title")];
+  const parts = [text(LEFT - 34, 14, cut(title, most), "title")];
   for (const tick of top ? ticks(top, low - TOP < 160 ? 4 : 6) : []) {
     const at = { x1: LEFT, x2: width - 6, y1: y(tick), y2: y(tick) };
     parts.push(draw("line", { class: tick ? "grid" : "axis", ...at }));
@@ -119,7 +121,7 @@ function strip(line, x, low) {
     const at = { x: x(place), y: low + 3, height: 14, width: x(length) - x(0) };
     const thin = at.width < 3 ? "thin" : ""; // an edge would hide it
     parts.push(draw("rect", { class: `phase ${phase} ${thin}`, ...at }));
-    if (label && at.width > LETTER * label.length + 1)
+    if (label && at.width > DIGIT * label.length + BETWEEN)
       parts.push(text(at.x + at.width / 2, low + 14, label, "tiny", "middle"));
     first[phase] ??= at.x;
     place += length;
@@ -134,15 +136,18 @@ function strip(line, x, low) {
   return parts;
 }
 
-// A line where the memory ends, and whether what is shown stays below it.
-function limitLine(limit, scale, axis) {
+// A line where the memory ends, and whether what is shown stays below it: in words on
+// the other side of the line than the peak's, or beside the button if it is far above.
+function limitLine(limit, scale, axis, peak) {
   if (!limit) return [];
-  const inside = limit.bytes <= scale.bytes, kind = limit.over ? "limit over" : "limit";
-  const at = inside ? axis.y(limit.bytes / scale.size) : TOP;
+  const kind = limit.over ? "limit over" : "limit";
+  if (limit.bytes > scale.bytes)
+    return `↑ ${limit.label}`.split(/(?<=:) /).map((words, i) =>
+      text(axis.width - BUTTON - 4, 10 + 12 * i, words, kind, "end"));
+  const at = axis.y(limit.bytes / scale.size), near = at >= peak && at - peak < 30;
   const ends = { x1: LEFT, x2: axis.width - 6, y1: at, y2: at };
-  const label = `${inside ? "" : "↑ "}${limit.label}`;
-  const words = text(axis.width - 8, at - 5, label, `${kind} halo`, "end");
-  return inside ? [draw("line", { class: kind, ...ends }), words] : [words];
+  const words = text(axis.width - 8, near ? at + 13 : at - 5, limit.label, `${kind} halo`, "end");
+  return [draw("line", { class: kind, ...ends }), words];
 }
 
 function drawTimeline(panel, line, shown, scale, colors) {
@@ -152,14 +157,17 @@ function drawTimeline(panel, line, shown, scale, colors) {
   const at = { cx: x(line.peak.place + 0.5), cy: y(line.peak.bytes / scale.size) };
   const right = at.cx < LEFT + 0.55 * (width - LEFT), anchor = right ? "start" : "end";
   const beside = at.cx + (right ? 9 : -9), kind = line.measured ? "measured" : "hollow";
+  const limit = shown.limit ? y(shown.limit.bytes / scale.size) : -99;
+  const lift = limit < at.cy ? Math.max(0, limit + 20 - at.cy) : Math.min(0, limit - 11 - at.cy);
+  const room = Math.floor((right ? width - beside : beside - LEFT) / LETTER);
   panel.replaceChildren(
     ...axis.parts,
     ...areas(rows, colors, line.length, x, y, scale.size),
     ...strip(line, x, low),
-    ...limitLine(shown.limit, scale, axis),
+    ...limitLine(shown.limit, scale, axis, at.cy),
     draw("circle", { class: kind, r: 3.6, ...at }),
-    text(beside, at.cy - 7, `peak ${bytes(line.peak.bytes)}`, "strong halo", anchor),
-    text(beside, at.cy + 6, line.peak.cause, "quiet halo", anchor),
+    text(beside, at.cy - 7 + lift, `peak ${bytes(line.peak.bytes)}`, "strong halo", anchor),
+    text(beside, at.cy + 6 + lift, cut(line.peak.cause, room), "quiet halo", anchor),
     draw("line", { class: "cursor", y1: TOP - 4, y2: low, visibility: "hidden" }),
   );
   const place = (pixel) => Math.floor(((pixel - LEFT) / (width - 6 - LEFT)) * scale.length);
@@ -170,7 +178,12 @@ function drawTimeline(panel, line, shown, scale, colors) {
 
 function drawPeaks(panel, lines, shown, scale, colors) {
   const axis = axes(panel, "alive at the peak", scale.top, scale.unit, 24);
-  const { parts, y, low, width } = axis, room = width - LEFT - 104;
+  const named = shown.categories.map((_, kind) =>
+    lines.some((line) => line.categories[kind] > 0.01 * line.peak.bytes));
+  const names = shown.categories.map((name) => name.replace("_", " "));
+  const longest = Math.max(...names.map(({ length }, kind) => named[kind] && length));
+  const beside = 20 + LETTER * longest; // for swatches and names
+  const { parts, y, low, width } = axis, room = width - LEFT - beside;
   lines.forEach((line, i) => {
     const wide = 0.37 * room, x = LEFT + (0.08 + 0.48 * i) * room;
     let level = 0;
@@ -188,17 +201,15 @@ function drawPeaks(panel, lines, shown, scale, colors) {
       parts.push(draw("path", { class: "recorded", d }));
     }
   });
-  const named = shown.categories.map((_, kind) =>
-    lines.some((line) => line.categories[kind] > 0.01 * line.peak.bytes));
-  let level = 0, floor = low + 4;
+  let level = 0, floor = low - 4;
   lines.at(-1).categories.forEach((count, kind) => {
     const middle = y((level + count / 2) / scale.size) + 4;
     level += count;
     if (!named[kind]) return;
     floor = Math.min(middle, floor);
-    const x = width - 102, at = { x, y: floor - 9, width: 9, height: 9, fill: colors[kind] };
+    const x = width - beside, at = { x, y: floor - 9, width: 9, height: 9, fill: colors[kind] };
     parts.push(draw("rect", { class: "swatch", ...at }));
-    parts.push(text(x + 13, floor, shown.categories[kind].replace("_", " "), "label"));
+    parts.push(text(x + 13, floor, names[kind], "label halo"));
     floor -= 15;
   });
   panel.replaceChildren(...parts);
@@ -280,12 +291,15 @@ function drawTried(panel, shown, scale, choose, compare, tell) {
     else return;
     event.preventDefault();
   };
-  const above = [], names = Object.entries(shown.names).map(([i, name]) => [rings[i].at, name]);
-  for (const [at, name] of names.sort(([a], [b]) => a.cy - b.cy)) {
-    const close = above.some((one) => Math.abs(one.cx - at.cx) < 0.3 * width && at.cy - one.cy < 18);
-    const end = at.cx > width - 80;
-    above.push(at);
-    parts.push(text(at.cx + (end ? -9 : 9), at.cy + (close ? 14 : -6), name, "label halo", end ? "end" : "start"));
+  const placed = [];
+  for (const [i, name] of Object.entries(shown.names)) {
+    const { cx, cy } = rings[i].at, wide = LETTER * name.length + 8;
+    const corners = [[9, -6], [9, 14], [-4 - wide, -6], [-4 - wide, 14], [9, -19], [9, 27]];
+    const free = ([left, top]) => left > LEFT - 12 && left + wide < width && top < low &&
+      placed.every(([x, y, w]) => left > x + w || x > left + wide || Math.abs(top - y) > 14);
+    const places = corners.map(([right, down]) => [cx + right, cy + down, wide]);
+    placed.push(places.find(free) ?? places[0]);
+    parts.push(text(placed.at(-1)[0], placed.at(-1)[1], name, "label halo"));
   }
   const focused = panel.contains(document.activeElement);
   panel.replaceChildren(...parts, ...rings.filter((one) => one !== now), now);

@@ -119,13 +119,14 @@ def test_the_pieces_and_the_cards_memory_stay_what_they_can_be(panel):
         ("-1", "0", None),
         ("3.5", "3.5", "my GPU, 3.50 GiB: "),
         ("abc", "3.5", "my GPU, 3.50 GiB: "),
-        ("1e9", "1000000", "↑ my GPU, 1,000,000.00 GiB: "),
+        ("1e9", "1000000", "↑ my GPU, 1,000,000.00 GiB:"),
         ("0", "0", None),
     ):
         enter(memory, words)
         expect(memory).to_have_value(shown)
         if said:
-            expect(limit).to_contain_text(said)
+            expect(limit.first).to_contain_text(said)
+            expect(panel.status).to_contain_text(said.removeprefix("↑ "))
         else:
             expect(limit).to_have_count(0)
     unfold.press("Enter")

@@ -351,8 +351,9 @@ def test_the_cards_memory_is_a_line_and_says_what_is_to_spare():
         limit = lab.picture.shown["limit"]
         assert limit["label"].endswith(f"1.0 MiB {word}") and limit["bytes"] == n_bytes
         assert limit["over"] == (n_bytes < takes)
+        assert f"; {limit['label']}<" in lab.readout.value  # for who hears it
     lab.step.memory.value = -1
-    assert lab.picture.shown["limit"] is None
+    assert lab.picture.shown["limit"] is None and "my GPU" not in lab.readout.value
 
 
 def test_a_batch_that_does_not_fit_is_said():
