@@ -23,8 +23,9 @@ from helpers.plots import (
 from helpers.plots.style import figure_png
 from helpers.recording import Pair, Recorded
 
-# Rows (name, ticked, in a segment with the one before), and the lines below.
-Around = tuple[list[tuple[str, bool, bool]], list[str]]
+# Rows (name, which box, in a segment with the one before), and the lines below.
+Around = tuple[list[tuple[str, str, bool]], list[str]]
+BOXES = {"none": "☐", "part": "⊟", "all": "☑"}  # by what of a row is ticked
 ROOM = 1.32  # length of the time axis, in steps without checkpointing
 ROWS = 21  # at most
 PLACES = (
@@ -87,16 +88,16 @@ def _plot_pair(
 
 
 def _write_around(
-    figure: Figure, rows: list[tuple[str, bool, bool]], lines: list[str]
+    figure: Figure, rows: list[tuple[str, str, bool]], lines: list[str]
 ) -> None:
     """Write boxes and names to the left, a bar along each segment, and lines below."""
     y = 0.95
     for name, ticked, joined in rows[:ROWS]:
-        color = COLORS["recomputed"] if ticked else INK
+        color = INK if ticked == "none" else COLORS["recomputed"]
         style = {"color": color, "va": "center", "size": 9, "parse_math": False}
-        figure.text(0.018, y, "☑" if ticked else "☐", **style)
+        figure.text(0.018, y, BOXES[ticked], **style)
         figure.text(0.04, y, name[:16], **style)
-        if ticked:
+        if ticked == "all":
             ends = y - 0.015, y + (0.025 if joined else 0.015)
             figure.add_artist(Line2D([0.012] * 2, ends, color=color, lw=3))
         y -= 0.04

@@ -6,7 +6,8 @@ that a model of hundreds of modules opens at once; ``Ticks`` has what is ticked.
 
 import functools
 import html
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import ipywidgets as widgets
@@ -102,6 +103,13 @@ class Row(widgets.HBox):
             border_left=f"4px solid {color}",
             margin="0" if continued else "2px 0 0 0",
         )
+
+    def tick(self, ticked: bool, inside: int) -> None:
+        """Tick the box, or draw a dash in it if some modules inside are ticked."""
+        part = inside > 0 and not ticked
+        (self.box.add_class if part else self.box.remove_class)("part")
+        said = f"; {inside} module{'s' * (inside != 1)} ticked inside" * part
+        self.box.value, self.box.tooltip = ticked, self.node.about + said
 
     def show(self, plan: Plan, words: str, changed: bool) -> None:
         """Show a bar if it is in a plan, and what it keeps."""
@@ -236,8 +244,10 @@ class Rows(widgets.VBox):
 
         A join is for two that are ticked, whatever is shown.
         """
+        held = _held(self.ticks.ticked)
         for row in list(self._rows.values()):
-            row.box.value = self.ticks.ticked.issuperset(row.node.names)
+            names, ticked = row.node.names, self.ticks.ticked
+            row.tick(ticked.issuperset(names), sum(held[n] for n in names))
             if row.join:
                 both = {row.node.key, row.node.before} <= self.ticks.ticked
                 row.join.disabled = not both
@@ -268,35 +278,35 @@ class Rows(widgets.VBox):
             now, without: bytes by module, under this plan and without checkpointing;
                 empty where that is not known.
         """
-        self._shown = plan, now, without
+        self._shown, held = (plan, now, without), _held(plan.names)
         for row in self.children:
             names = row.node.names
             kept, before = (sum(b.get(n, 0) for n in names) for b in (now, without))
-            words = "" if self._is_open(row) else _folded_words(plan, names)
+            words = _inside(plan, names, sum(held[n] for n in names))
             known = f"{words or 'keeps '}{format_bytes(kept)}"
             text = known if without else words.removesuffix(", ")
             row.show(plan, text, kept != before)
 
-    def as_text(self, plan: Plan) -> list[tuple[str, bool, bool]]:
-        """Give each row's name, whether it is in a plan, and goes on with a segment."""
-        begin = {segment[0] for segment in plan.segments}
-        rows = [row.node for row in self.children]
-        return [
-            (
-                "  " * node.level + node.label,
-                ticked := {*node.names} <= {*plan.names},
-                ticked and len(node.names) == 1 and node.key not in begin,
-            )
-            for node in rows
-        ]
+    def as_text(self, plan: Plan) -> list[tuple[str, str, bool]]:
+        """Give each row's name, its box, and whether it goes on with a segment."""
+        begin, held = {segment[0] for segment in plan.segments}, _held(plan.names)
+        texts = []
+        for node in (row.node for row in self.children):
+            part = "part" if any(held[name] for name in node.names) else "none"
+            ticked = "all" if {*node.names} <= {*plan.names} else part
+            goes_on = node.key in plan.names and node.key not in begin
+            texts.append(("  " * node.level + node.label, ticked, goes_on))
+        return texts
 
 
-def _folded_words(plan: Plan, run: tuple[str, ...]) -> str:
-    """Say what of a plan lies folded away in a row."""
-    count = sum(
-        any(name == one or name.startswith(f"{one}.") for one in run)
-        for name in plan.names
-    )
+def _held(names: Iterable[str]) -> Counter[str]:
+    """Count the names in each module, itself included."""
+    parts = (name.split(".") for name in names)
+    return Counter(".".join(p[:i]) for p in parts for i in range(1, len(p) + 1))
+
+
+def _inside(plan: Plan, run: tuple[str, ...], count: int) -> str:
+    """Say what of a plan lies in a row: so many modules."""
     if not set(run).issubset(plan.names):
         return f"{count} ticked, " if count else ""
     segments = sum(segment[0] in run for segment in plan.segments)
