@@ -42,8 +42,7 @@ def predict_compiled(
     """
     with as_on("cpu") as imagined:
         model, batch = meta_model(model_or_factory), meta_batch(batch)
-        record = imagined.record
-        return _report(model, batch, memory_budget, loss, record, "predicted")
+        return _report(model, batch, memory_budget, loss, imagined.record, "predicted")
 
 
 def measure_compiled(

@@ -125,8 +125,7 @@ def recorded_beside(
     recorded: Mapping[Plan, Pair], before: Plan, after: Plan
 ) -> tuple[StepReport | None, StepReport | None]:
     """Find the same, or the second one's report alone."""
-    alone = None, recorded.get(after, [None])[0]
-    return of_one_run(recorded, before, after) or alone
+    return of_one_run(recorded, before, after) or (None, recorded.get(after, [None])[0])
 
 
 def _confirmed(prediction: StepReport, report: StepReport) -> StepReport:

@@ -26,8 +26,7 @@ def rms_norm(
     is_plain = not input.is_complex() and layout not in _LAST
     alike = weight is None or weight.dtype == input.dtype
     if imagined_device.get() == "cpu" or not (is_plain and alike):
-        rest = input, normalized_shape, weight, eps
-        return as_ever(_aten.rms_norm.default, *rest)
+        return as_ever(_aten.rms_norm.default, input, normalized_shape, weight, eps)
     return _RMSNorm.apply(input, normalized_shape, weight, eps)
 
 
@@ -99,8 +98,7 @@ def batch_norm(
     layout = torch._prims_common.suggest_memory_format(input)
     if layout in _LAST and training:
         met.get().add("persistent_batch_norm")
-    input = input.contiguous(memory_format=layout)
-    return _aten.cudnn_batch_norm(input, *given[1:])[0]
+    return _aten.cudnn_batch_norm(input.contiguous(memory_format=layout), *given[1:])[0]
 
 
 def _is_cudnns(input, weight, bias, mean, var, training, momentum, eps) -> bool:

@@ -87,8 +87,7 @@ def _real_answer(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> obje
     def real(value: object) -> object:
         if isinstance(value, torch.Tensor) and value.is_meta:
             shape, stride, dtype = value.shape, value.stride(), value.dtype
-            made = torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
-            return made.zero_()
+            return torch.empty_strided(shape, stride, dtype=dtype, device="cpu").zero_()
         return torch.device("cpu") if isinstance(value, torch.device) else value
 
     try:
@@ -97,8 +96,7 @@ def _real_answer(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> obje
             torch._C._ExcludeDispatchKeyGuard(AUTOCAST),
         ):
             args, kwargs = tree_map(real, (args, kwargs))
-            out = func(*args, **kwargs)
-            return describe(out, (*args, *kwargs.values()), "cpu")
+            return describe(func(*args, **kwargs), (*args, *kwargs.values()), "cpu")
     except (RuntimeError, IndexError, ValueError, TypeError):
         return None  # zeros are not what it takes
 

@@ -201,8 +201,7 @@ class Estimate:
 
     def peaks(self, plans: torch.Tensor) -> torch.Tensor:
         """Estimate the peaks of plans, P × units."""
-        found = [self.rows(part)[0].amax(1) for part in plans.split(ROWS)]
-        return torch.cat(found)
+        return torch.cat([self.rows(part)[0].amax(1) for part in plans.split(ROWS)])
 
     def rows(self, plans: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """List the most bytes alive at each place, and until when storages are held.

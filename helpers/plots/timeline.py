@@ -99,8 +99,7 @@ def _layer_namer(timeline: Timeline) -> Callable[[str], str]:
 
     def name(module: str) -> str:
         found = in_list.match(module + ".")
-        is_block = found and found[1] in blocks
-        return found[1] if is_block else module.partition(".")[0]
+        return found[1] if found and found[1] in blocks else module.partition(".")[0]
 
     return name
 

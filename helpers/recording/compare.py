@@ -27,8 +27,7 @@ class Comparison:
     @property
     def error_bytes(self) -> int:
         """The allocator's peak: the predicted one less the measured one."""
-        predicted_bytes = self.predicted.allocator_peak_bytes
-        return predicted_bytes - self.measured.allocator_peak_bytes
+        return self.predicted.allocator_peak_bytes - self.measured.allocator_peak_bytes
 
     @property
     def error(self) -> float:
