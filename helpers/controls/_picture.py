@@ -122,9 +122,9 @@ class Picture(anywidget.AnyWidget):
         words = html.escape(self.shown["finding"])
         return f'<img alt="{words}" src="data:image/png;base64,{source}">'
 
-    def copy(self, text: str) -> None:
-        """Put a text into the clipboard of the reader's browser."""
-        self.send({"copy": text})
+    def copy(self, text: str, name: str) -> None:
+        """Put a text into the clipboard of the reader's browser; say so at a button."""
+        self.send({"copy": text, "from": name})
 
     def save(self) -> None:
         """Let the reader's browser save the picture as a file."""

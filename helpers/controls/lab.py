@@ -165,9 +165,10 @@ class LayerLab(widgets.HBox):
     def _arranged(self) -> list[widgets.Widget]:
         shortcuts = Shortcuts(self.state.ticks.pieces, self._apply)
         self.shortcuts, self.piece = shortcuts.buttons, shortcuts.piece
+        copy = self.picture.copy
         work = {
-            "Copy code": lambda: self.picture.copy(self.plan.code(self.state.model)),
-            "Copy plan": lambda: self.picture.copy(repr(self.plan)),
+            "Copy code": lambda: copy(self.plan.code(self.state.model), "Copy code"),
+            "Copy plan": lambda: copy(repr(self.plan), "Copy plan"),
             "Save picture": self.picture.save,
         }
         along = buttons({text: partial(self.guarded, do) for text, do in work.items()})
@@ -256,8 +257,7 @@ class LayerLab(widgets.HBox):
         """
         self._work.stop()
         state = self.state
-        good, was_predicted = state.values, state.predicted
-        step = state.options
+        good, step, was_predicted = state.values, state.options, state.predicted
         try:
             if not self._built or (good, step) != (self._fields(), self._step()):
                 self._take_fields()

@@ -366,12 +366,14 @@ function inspectable(panel, tell, shown) {
 async function copy(words) {
   try {
     await navigator.clipboard.writeText(words);
+    return true;
   } catch {
     const field = Object.assign(document.createElement("textarea"), { value: words });
     document.body.append(field);
     field.select();
-    document.execCommand("copy");
+    const done = document.execCommand("copy");
     field.remove();
+    return done;
   }
 }
 
@@ -467,8 +469,17 @@ function render({ model, el }) {
     paint();
   });
   for (const panel of Object.values(panels)) sizes.observe(panel);
-  const hear = (message, buffers) => {
-    if ("copy" in message) copy(message.copy);
+  // Said for some seconds where the click was.
+  const answer = (name, words) => {
+    const all = [...(el.closest(".layer-lab")?.querySelectorAll("button") ?? [])];
+    const button = all.find((one) => one.textContent === name);
+    if (!button) return; // it is being said there
+    button.textContent = words;
+    button.setAttribute("aria-live", "polite");
+    setTimeout(() => (button.textContent = name), 2500);
+  };
+  const hear = async (message, buffers) => {
+    if ("copy" in message) answer(message.from, (await copy(message.copy)) ? "copied" : "not copied");
     if ("save" in message) save(message.save, buffers[0]);
   };
   model.on("change", show);

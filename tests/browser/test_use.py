@@ -170,10 +170,12 @@ PLAN = Plan((("layer2", "layer3"), ("layer5",)))
 
 
 def copied(panel: Panel, name: str) -> str:
-    """Click on a button, and read what is in the clipboard then."""
+    """Click on a button, which says so, and read what is in the clipboard then."""
     page, read = panel.page, "() => navigator.clipboard.readText()"
     page.evaluate("() => navigator.clipboard.writeText('nothing')")
     panel.button(name).click()
+    expect(panel.button("copied")).to_be_visible()
+    expect(panel.button(name)).to_be_visible()  # as it was
     for _ in range(100):
         if (words := page.evaluate(read)) != "nothing":
             return words
