@@ -175,7 +175,7 @@ class LayerLab(widgets.HBox):
         pages = {"Step and card": self.step, "Take it along": along}
         left = [*self.controls.values(), shortcuts, self.rows, self.measure_button]
         controls = widgets.VBox([*left, self.recorded, folded(pages)])
-        shown = widgets.VBox([self.picture, self.readout, self.progress], layout=ROOMY)
+        shown = widgets.VBox([self.readout, self.picture, self.progress], layout=ROOMY)
         return [controls.add_class("layer-lab-controls"), shown]
 
     def _apply(self, plan: Plan) -> None:

@@ -153,7 +153,7 @@ def test_a_long_tree_scrolls_and_stays_as_high_as_a_picture(large):
     unfold(large, "blocks.0 …")
 
 
-def test_what_is_not_safe_is_said_beside_the_box_and_below_the_picture(panels):
+def test_what_is_not_safe_is_said_beside_the_box_and_above_the_picture(panels):
     panel = panels[2]
     marks = panel.root.get_by_role("img", name="'stem.1' updates its running")
     expect(marks).to_have_count(1)
