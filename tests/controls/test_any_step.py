@@ -120,14 +120,13 @@ def test_a_step_and_an_optimizer_of_the_reader_s_are_predicted_and_measured(tree
     assert not own or not made.state
 
 
-def test_a_join_that_the_step_has_no_place_for_is_refused():
-    state = LabState(
-        MLP(WIDTHS, "gelu"), pair(), options={"step": two_losses}, tree=True
-    )
+def test_neighbours_join_in_a_step_that_calls_the_model_twice():
+    model, batch = MLP(WIDTHS, "gelu"), pair()
+    state = LabState(model, batch, options={"step": two_losses}, tree=True)
     state.set()
-    with pytest.raises(ValueError, match="does not join 'layer2' to 'layer1'"):
-        state.plan = PLAN
-    assert state.plan == Plan()
+    state.plan = PLAN
+    state.show()
+    assert state.history[-1] == predict(model, batch, PLAN, step=two_losses)
 
 
 def test_a_loss_autocast_and_an_optimizer_reach_every_answer():
