@@ -164,11 +164,12 @@ class Rows(widgets.VBox):
         self._lay_out()
 
     def _lay_out(self) -> None:
-        self.children = self._visible("", 0)
-        for row in self.children:
+        rows = self._visible("", 0)
+        for row in rows:
             if row.fold:
                 row.fold.icon = f"caret-{'down' if self._is_open(row) else 'right'}"
         self.write()
+        self.children = rows  # as they are meant, since a click may come at once
         self.show_kept(*self._shown)
 
     def _runs(self, parent: str) -> list[list[str]]:

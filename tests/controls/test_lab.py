@@ -651,3 +651,20 @@ def test_a_kernel_without_anywidget_is_told_what_it_lacks():
         "ModuleNotFoundError: the labs need anywidget in the kernel's environment: "
         "pip install anywidget"
     )
+
+
+def test_rows_that_unfold_are_ticked_before_they_are_seen():
+    """A click on a box that is not yet ticked would be taken for another tick."""
+    lab = LayerLab(GPT(3, 16, 2, 20, 8), torch.randint(0, 20, (2, 8)), tree=True)
+    lab.plan = Plan.alone(["blocks.1.mlp"])
+    seen = []
+
+    def note(change) -> None:
+        seen.append([row.box.value for row in change.new if "mlp" in row.node.names[0]])
+
+    lab.rows._open.clear()
+    lab.rows._rows.clear()
+    lab.rows._old = {}
+    lab.rows.observe(note, "children")
+    lab.rows.reveal("blocks.1.mlp")
+    assert any(True in ticked for ticked in seen)
