@@ -79,14 +79,15 @@ def test_a_budget_is_kept_and_the_printed_code_runs(name):
     + [("vit_l_16", models.ViT)],
 )
 def test_what_published_figures_are_held_against_is_torchvisions(name, ours):
-    """Their sources measured torchvision's models, and ours need the same bytes."""
+    """Their sources measured torchvision's models, and ours need the same tensors.
+
+    In which blocks they lie depends on the order of a layer's inner steps.
+    """
     batch = torch.empty(4, 3, 224, 224, device="meta"), torch.zeros(4, dtype=torch.long)
     with torch.device("meta"):
         reports = [
             predict(make(), batch, optimizer=torch.optim.AdamW)
             for make in (getattr(torchvision.models, name), ours)
         ]
-    theirs, ours = (
-        (r.peak_bytes, r.allocator_peak_bytes, r.forward_flops) for r in reports
-    )
+    theirs, ours = ((r.peak_bytes, r.forward_flops) for r in reports)
     assert ours == theirs
